@@ -1,0 +1,1 @@
+"""Checkpoint folders: configuration, layout, strict reader, shard writer."""
