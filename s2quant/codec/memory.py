@@ -1,0 +1,68 @@
+"""What causal layers remember between two chunks of a stream.
+
+Legend: B batch (one slot per stream).
+
+A causal layer needs a fixed number of past columns, keys or partial sums. Zeros stand for "before the beginning",
+exactly as zero padding does when a whole signal is processed, so a fresh memory and a reset slot are the same thing.
+Buffers are made at first use, keep their size and address from then on, and are overwritten in place (so a step can
+be captured as a CUDA graph after one warm-up call). Memory is for inference: gradients never pass through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Memory:
+    """The buffers of every causal layer that was run with it.
+
+    Args:
+        batch_size: Number of streams B, side by side in the batch axis.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._buffers: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def buffer(
+        self, owner: nn.Module, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Get a layer's buffer, zeros the first time.
+
+        Args:
+            owner: The layer.
+            name: Which of its buffers.
+            shape: Shape without the batch axis; the same at every call.
+            like: The chunk [B, ...] being processed, for device and dtype.
+            dtype: Other dtype than that of `like`.
+
+        Returns:
+            [B, *shape], to be overwritten in place with what the next chunk needs.
+        """
+        assert not torch.is_grad_enabled(), "a memory is written in place: use torch.no_grad()"
+        assert like.shape[0] == self.batch_size, (like.shape, self.batch_size)
+        if (owner, name) not in self._buffers:
+            size = (self.batch_size, *shape)
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+                self._buffers[owner, name] = torch.zeros(size, dtype=dtype or like.dtype, device=like.device)
+        return self._buffers[owner, name]
+
+    def reset(self, slots: Sequence[int] | None = None) -> None:
+        """Forget streams, in place.
+
+        Args:
+            slots: Indices in the batch axis; None for all.
+        """
+        for buffer in self._buffers.values():
+            if slots is None:
+                buffer.zero_()
+            else:
+                buffer[list(slots)] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
