@@ -1,0 +1,1 @@
+"""Speaking: KV cache, sampler, quantized linears, engine, streaming."""

@@ -1,0 +1,284 @@
+"""The engine: requests in, codes and sound out.
+
+Legend: B slots, T prompt positions, F frames, N codebooks, S samples.
+
+Requests wait in order; each takes a slot, is prefilled, and then all active slots advance one frame at a time.
+A slot whose utterance ends takes the next request at once (see `s2quant.runtime.slots`). Long text is spoken batch
+by batch in one conversation (turns of several speakers, see `s2quant.prompt`).
+A request that cannot be spoken is refused before anything is computed, when it is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.codec import Codec, CodecStream, load_codec
+from s2quant.errors import UserError, shorten_list
+from s2quant.model import DualAR
+from s2quant.prompt import Tokenizer, Voice, build_prompt, check_text, prompt_budget, split_text
+from s2quant.runtime.audio import read_reference
+from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.linears import Backend
+from s2quant.runtime.load import load_model, parse_device
+from s2quant.runtime.slots import Event, Slots
+from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.sampling import Sampling, sampling_faults
+
+FIRST_CHUNK_FRAMES = 4
+LARGEST_CHUNK_FRAMES = 64
+
+
+class Engine:
+    """Speaks with one model.
+
+    Args:
+        model: The model, in eval mode, on its device.
+        tokenizer: Its tokenizer.
+        codec: Its codec, or None when only codes are wanted.
+        num_slots: Most utterances in progress at a time.
+
+    Raises:
+        UserError: num_slots is not positive.
+    """
+
+    def __init__(self, model: DualAR, tokenizer: Tokenizer, codec: Codec | None = None, num_slots: int = 8) -> None:
+        if num_slots < 1:
+            raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
+        self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
+        self.device = model.slow.embeddings.weight.device
+        self.num_slots = num_slots
+        residual = codec.config.residual_size if codec is not None else 1024
+        self.residual_size = min(residual, self.config.codebook_size)
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def voice(self, path: Path, text: str) -> Voice:
+        """Encode a reference recording.
+
+        Args:
+            path: An audio file.
+            text: Its transcript.
+
+        Returns:
+            The voice.
+
+        Raises:
+            UserError: The recording or the transcript cannot be used, or the engine has no codec.
+        """
+        codec = self._need_codec()
+        audio = read_reference(path, codec.sample_rate)
+        check_text(text, tokenizer=self.tokenizer)
+        return Voice(text=text, codes=codec.encode(audio[None, None].to(codec.device))[0].cpu())
+
+    def prepare(self, request: Request) -> list[str]:
+        """Check a request and split its text into batches.
+
+        Args:
+            request: The request.
+
+        Returns:
+            The texts to be spoken one after the other.
+
+        Raises:
+            UserError: The text, a voice or a parameter cannot be used.
+        """
+        faults = sampling_faults(request.sampling, "sampling")
+        if request.max_frames < 1:
+            faults.append(f"max_frames is {request.max_frames}, not positive")
+        if not -(2**63) <= request.seed < 2**64:
+            faults.append(f"seed is {request.seed}, not a 64-bit integer")
+        if faults:
+            raise UserError(shorten_list(faults), "sampling parameters in range", "correct them")
+        check_text(request.text, request.text_policy, self.tokenizer)
+        batches = split_text(request.text, request.chunk_bytes, split_sentences=request.split_sentences)
+        self._prompt(request, batches[0], [])
+        return batches
+
+    def _prompt(self, request: Request, text: str, history: Sequence[tuple[str, Tensor]]) -> Tensor:
+        """Build one batch's prompt, checked to leave room to speak: int64 [1+N, T]."""
+        return build_prompt(
+            self.tokenizer,
+            text,
+            request.voices,
+            history,
+            self.config.num_codebooks,
+            policy=request.text_policy,
+            max_tokens=prompt_budget(self.config),
+            codebook_size=self.config.codebook_size,
+        )
+
+    def spoken_sequence(self, request: Request, codes: Sequence[Tensor]) -> Tensor:
+        """Put together what the model saw when it spoke: the last prompt, the frames drawn for it, im_end.
+
+        Args:
+            request: What was spoken.
+            codes: int64 [N, F] for each batch that was spoken, or nothing for the first prompt alone.
+
+        Returns:
+            int64 [1+N, T].
+
+        Raises:
+            UserError: The request cannot be spoken.
+        """
+        batches = self.prepare(request)
+        if not codes:
+            return self._prompt(request, batches[0], [])
+        last = len(codes) - 1  # not always the last batch: see stop_reason "full"
+        prompt = self._prompt(request, batches[last], list(zip(batches[:last], codes[:last], strict=True)))
+        frames = torch.cat([codes[-1][:1] + self.config.semantic_begin_id, codes[-1]])
+        end = torch.zeros(len(frames), 1, dtype=torch.int64)
+        end[0] = self.config.im_end_id
+        return torch.cat([prompt, frames, end], dim=1)
+
+    # ---- speaking ----------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Speech]:
+        """Speak many requests, several at a time.
+
+        Args:
+            requests: What to speak.
+
+        Returns:
+            One speech per request, as they end; `.index` tells which. They are made while they are asked for.
+
+        Raises:
+            UserError: A request cannot be spoken; raised before any is.
+        """
+        return (event for event in self._events(requests) if isinstance(event, Speech))
+
+    def _events(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Check all requests; give every frame, and every speech as it ends."""
+        batches = [self.prepare(request) for request in requests]
+        decoder = Decoder(self.model, min(self.num_slots, len(requests)), 0, self.residual_size)
+        return Slots(decoder, requests, batches, self._prompt).run()
+
+    def speak(self, request: Request) -> Speech:
+        """Speak one request.
+
+        Args:
+            request: What to speak.
+
+        Returns:
+            The speech.
+
+        Raises:
+            UserError: The request cannot be spoken.
+        """
+        return next(self.generate([request]))
+
+    def stream(
+        self,
+        text: str,
+        voice: Voice | Sequence[Voice] | None = None,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        max_frames: int = DEFAULT_MAX_FRAMES,
+    ) -> Iterator[Tensor]:
+        """Speak one text and give its sound while it is being made.
+
+        The chunks, put together, are what `decode` makes of all codes: the codec keeps exact state.
+
+        Args:
+            text: The text.
+            voice: Reference voice or voices.
+            seed: Seed.
+            sampling: Sampling parameters; None means the defaults.
+            max_frames: Most frames per batch of text.
+
+        Returns:
+            float32 [s] on the CPU, in growing chunks, made while they are asked for.
+
+        Raises:
+            UserError: The text cannot be spoken, or the engine has no codec.
+        """
+        voices = () if voice is None else (voice,) if isinstance(voice, Voice) else tuple(voice)
+        request = Request(text=text, voices=voices, seed=seed, sampling=sampling or Sampling(), max_frames=max_frames)
+        return (audio for audio, _ in self.stream_request(request) if len(audio))
+
+    def stream_request(self, request: Request) -> Iterator[tuple[Tensor, Speech | None]]:
+        """Stream one request, with the whole speech beside the last chunk.
+
+        Args:
+            request: What to speak.
+
+        Returns:
+            Chunks of float32 [s] on the CPU, each with None, but the last with the speech (the chunk may be empty).
+
+        Raises:
+            UserError: The request cannot be spoken, or the engine has no codec.
+        """
+        return self._chunks(CodecStream(self._need_codec()), self._events([request]))
+
+    @staticmethod
+    def _chunks(stream: CodecStream, events: Iterator[Event]) -> Iterator[tuple[Tensor, Speech | None]]:
+        """Decode frames in chunks of 4, 8, ... 64, so that the first sound comes early."""
+        pending: list[Tensor] = []
+
+        def decoded() -> Tensor:
+            return stream.push(torch.stack(pending, dim=1)[None]).cpu()[0, 0] if pending else torch.zeros(0)
+
+        chunk = FIRST_CHUNK_FRAMES
+        for event in events:
+            if isinstance(event, Speech):
+                yield decoded(), event
+                return
+            pending.append(event[1])
+            if len(pending) == chunk:
+                yield decoded(), None
+                pending, chunk = [], min(2 * chunk, LARGEST_CHUNK_FRAMES)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Turn codes into sound.
+
+        Args:
+            codes: int64 [N, F].
+
+        Returns:
+            float32 [S] on the CPU; empty when F is 0.
+
+        Raises:
+            UserError: The engine has no codec.
+        """
+        codec = self._need_codec()
+        if codes.shape[1] == 0:
+            return torch.zeros(0)
+        return codec.decode(codes[None].to(codec.device)).float().cpu()[0, 0]
+
+    def _need_codec(self) -> Codec:
+        if self.codec is None:
+            raise UserError("an engine without a codec", "a checkpoint folder with codec.pth", "load it with its codec")
+        return self.codec
+
+
+def load_engine(
+    path: Path | str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    linears: Backend = "auto",
+    num_slots: int = 8,
+) -> Engine:
+    """Load everything that a checkpoint folder needs to speak.
+
+    Args:
+        path: The folder.
+        device: Where to put model and codec.
+        dtype: The model's dtype; the codec is float32.
+        linears: Backend of the quantized linears.
+        num_slots: Most utterances in progress at a time.
+
+    Returns:
+        The engine.
+
+    Raises:
+        UserError: The folder or the device cannot be used.
+    """
+    target = parse_device(device)
+    checkpoint = open_checkpoint(path)
+    tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
+    codec = load_codec(checkpoint.folder, device=target)
+    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots)

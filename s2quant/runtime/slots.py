@@ -1,0 +1,201 @@
+"""Many utterances at a time: each takes a slot, is prefilled, and all slots advance together, one frame at a time.
+
+Legend: B active slots, N codebooks, F frames, T prompt positions.
+
+The active slots are always the first ones: when an utterance ends, the last slot moves into its place and the next
+request is prefilled behind it. Every utterance has its own random state, so its speech does not depend on its
+neighbours. Long text is spoken batch by batch in one conversation, in the same slot and with the same random state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from s2quant.errors import UserError
+from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.sampler import SamplingRows
+from s2quant.runtime.speech import Request, Speech, StopReason
+
+Prompt = Callable[[Request, str, Sequence[tuple[str, Tensor]]], Tensor]
+"""(request, text of the batch, batches spoken already with their codes [N, F]) -> int64 [1+N, T]."""
+Event = tuple[int, Tensor] | Speech
+"""One frame, int64 [N] on the CPU, with its request's index; or a whole speech."""
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """One utterance in progress."""
+
+    index: int
+    request: Request
+    batches: Sequence[str]
+    generator: torch.Generator
+    started: float
+    history: list[tuple[str, Tensor]] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)  # int64 [N] each, of the batch in progress
+    position: int = 0  # where the last column goes
+    limit: int = 0
+    num_prompt_tokens: int = 0
+    stop_reason: StopReason = "end"
+
+
+class Slots:
+    """The slots of one run over a list of requests.
+
+    Args:
+        decoder: The cached model; as many slots as it has are used.
+        requests: What to speak.
+        batches: The texts of each request, to be spoken one after the other.
+        prompt: Builds the prompt of a batch.
+    """
+
+    def __init__(
+        self, decoder: Decoder, requests: Sequence[Request], batches: Sequence[Sequence[str]], prompt: Prompt
+    ) -> None:
+        self.decoder, self.requests, self.batches, self.prompt = decoder, requests, batches, prompt
+        self.slots: list[_Slot] = []
+        self.columns = torch.zeros(
+            decoder.num_slots, 1 + decoder.config.num_codebooks, dtype=torch.int64, device=decoder.device
+        )
+        self._rows: SamplingRows | None = None  # of the slots as they are; None after a change
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[Event]:
+        """Speak everything.
+
+        The mode without gradients is left at every yield, and what is yielded in a `Speech` is an ordinary tensor.
+
+        Yields:
+            Every frame as it is drawn, and every speech when it has ended.
+
+        Raises:
+            UserError: The first prompt of a request does not fit.
+        """
+        waiting = deque(range(len(self.requests)))
+        while waiting or self.slots:
+            while waiting and len(self.slots) < self.decoder.num_slots:
+                self.slots.append(self._new_slot(waiting.popleft()))
+                self._rows = None
+                number = len(self.slots) - 1
+                yield from self._take(number, self._prefill(number))
+            if not self.slots:
+                continue
+            columns = self._step()
+            for number in reversed(range(len(self.slots))):  # the last slot, which may move, has been taken already
+                yield from self._take(number, columns[number])
+
+    def _new_slot(self, index: int) -> _Slot:
+        request = self.requests[index]
+        return _Slot(
+            index=index,
+            request=request,
+            batches=self.batches[index],
+            generator=torch.Generator(self.decoder.device).manual_seed(request.seed),
+            started=time.perf_counter(),
+        )
+
+    def _step(self) -> Tensor:
+        """Advance all active slots by one frame: their columns int64 [B, 1+N], on the CPU."""
+        count = len(self.slots)
+        if self._rows is None:
+            self._rows = _rows([slot.request for slot in self.slots], self.decoder.device)
+        hidden = self.decoder.step(self.columns[:count], [slot.position for slot in self.slots])
+        generators = [slot.generator for slot in self.slots]
+        self.columns[:count] = self.decoder.sample(hidden, self._rows, generators, slice(count), first=False)
+        return self.columns[:count].to("cpu", copy=True)  # the one wait for the device
+
+    def _prefill(self, number: int) -> Tensor | None:
+        """Read a slot's next batch of text and draw the first frame.
+
+        Args:
+            number: The slot.
+
+        Returns:
+            Its column int64 [1+N] on the CPU, or None when the conversation has grown too long for another batch.
+
+        Raises:
+            UserError: The first prompt does not fit.
+        """
+        slot, decoder = self.slots[number], self.decoder
+        try:
+            prompt = self.prompt(slot.request, slot.batches[len(slot.history)], slot.history)
+        except UserError:
+            if not slot.history:
+                raise
+            return None  # text and voices were checked before: only the length can be wrong
+        length = prompt.shape[1]
+        slot.limit = min(slot.request.max_frames, decoder.config.slow.max_seq_len - length)
+        slot.num_prompt_tokens += length
+        slot.position = length - 1
+        decoder.cache.ensure(length + slot.limit)
+        hidden = decoder.prefill(number, prompt)
+        rows = _rows([slot.request], decoder.device)
+        where = slice(number, number + 1)
+        self.columns[where] = decoder.sample(hidden, rows, [slot.generator], where, first=True)
+        return self.columns[number].to("cpu", copy=True)
+
+    def _take(self, number: int, column: Tensor | None) -> Iterator[Event]:
+        """Accept a slot's new column: keep the frame, begin the next batch, or end the utterance.
+
+        Args:
+            number: The slot.
+            column: From `_step` or `_prefill`.
+
+        Yields:
+            The frame, if it is one, and the speech, if it has ended.
+        """
+        slot = self.slots[number]
+        while column is not None:
+            slot.position += 1
+            ended = int(column[0]) == self.decoder.config.im_end_id
+            if not ended:
+                slot.frames.append(column[1:])
+                yield slot.index, column[1:]
+                if len(slot.frames) < slot.limit:
+                    return
+                slot.stop_reason = "limit"
+            empty = torch.zeros(self.decoder.config.num_codebooks, 0, dtype=torch.int64)
+            codes = torch.stack(slot.frames, dim=1) if slot.frames else empty
+            slot.history.append((slot.batches[len(slot.history)], codes))
+            slot.frames = []
+            if len(slot.history) == len(slot.batches):
+                break
+            column = self._prefill(number)
+        if len(slot.history) < len(slot.batches):
+            slot.stop_reason = "full"
+        self._free(number)
+        yield _speech(slot)
+
+    def _free(self, number: int) -> None:
+        """Move the last slot into a slot that has ended."""
+        last = len(self.slots) - 1
+        if number != last:
+            self.decoder.move(last, number, self.slots[last].position)
+            self.columns[number] = self.columns[last]
+            self.slots[number] = self.slots[last]
+        self.slots.pop()
+        self._rows = None
+
+
+def _rows(requests: Sequence[Request], device: torch.device) -> SamplingRows:
+    ignore_end = [request.ignore_end for request in requests]
+    return SamplingRows.of([request.sampling for request in requests], device, ignore_end)
+
+
+def _speech(slot: _Slot) -> Speech:
+    with torch.inference_mode(False):  # the caller may write to the codes
+        codes = torch.cat([part for _, part in slot.history], dim=1)
+    return Speech(
+        index=slot.index,
+        codes=codes,
+        stop_reason=slot.stop_reason,
+        batch_frames=tuple(part.shape[1] for _, part in slot.history),
+        num_prompt_tokens=slot.num_prompt_tokens,
+        seconds=time.perf_counter() - slot.started,
+    )

@@ -1,0 +1,108 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import runtime_cases as cases
+
+from s2quant.checkpoint.config import S2Config
+from s2quant.checkpoint.layout import expected_tensors
+from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.checkpoint.writer import ShardWriter, carry_files
+from s2quant.files import write_json
+from s2quant.model import DualAR, disk_name
+from s2quant.packing import pack
+from s2quant.runtime import decoder as decoder_module
+from s2quant.runtime.engine import Engine, load_engine
+
+
+@pytest.fixture(scope="session")
+def small_models():
+    """The two models of the golden, in float32."""
+
+    def build(case):
+        with torch.device("meta"):
+            model = DualAR(S2Config.from_json(cases.raw_config(case)))
+        state = {n: cases.weight(case, disk_name(n), tuple(p.shape)) for n, p in model.named_parameters()}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    return {case: build(case) for case in ("project", "shared")}
+
+
+class PromptEngine(Engine):
+    """Speaks given prompts instead of texts: a request's text names them, with | between the batches."""
+
+    def __init__(self, model, prompts, **options):
+        super().__init__(model, None, **options)
+        self.prompts = prompts
+
+    def prepare(self, request):
+        return request.text.split("|")
+
+    def _prompt(self, request, text, history):
+        return self.prompts[text]
+
+
+@pytest.fixture
+def prompt_engine(small_models):
+    """Make an engine for a small model that speaks prompts of the case's sequence, named by their lengths."""
+
+    def make(case="shared", num_slots=8, lengths=(5, 9, 12, 16, 20, 25, 31, 37)):
+        prompts = {str(n): cases.prompt(case, n) for n in lengths}
+        return PromptEngine(small_models[case], prompts, num_slots=num_slots)
+
+    return make
+
+
+@pytest.fixture
+def fed_draws(monkeypatch):
+    """Replace the uniform numbers by those that the golden's generator used; a seed names the speech."""
+    frames = {}
+
+    def frame_uniforms(generators, num_semantic, num_residual, residual_size):
+        slow = 2 * (num_semantic + 1)
+        rows = []
+        for generator in generators:
+            frame = frames.get(generator, 0)
+            frames[generator] = frame + 1
+            noise = cases.draws(generator.initial_seed(), frame, slow + num_residual * residual_size)
+            rows.append(noise.to(generator.device))
+        uniform = torch.stack(rows)
+        return uniform[:, :slow].view(len(rows), 2, -1), uniform[:, slow:].view(len(rows), num_residual, -1)
+
+    monkeypatch.setattr(decoder_module, "frame_uniforms", frame_uniforms)
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tiny_folder, tmp_path_factory):
+    """The tiny checkpoint with every linear of the Slow AR replaced by a random 4-bit weight with a shuffled g_idx."""
+    folder = tmp_path_factory.mktemp("quantized")
+    source = open_checkpoint(tiny_folder)
+    quantization = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": True,
+        "sym": True,
+    }
+    write_json(folder / "config.json", {**source.config.raw, "quantization_config": quantization})
+    carry_files(tiny_folder, folder)
+    writer = ShardWriter(folder)
+    for number, (name, spec) in enumerate(expected_tensors(source.config).items()):
+        if spec.kind == "linear" and name.startswith("text_model."):
+            weight = cases.quantized_weight(*spec.shape, seed=number)
+            for part, tensor in pack(weight).items():
+                writer.add(f"{spec.module}.{part}", tensor)
+        else:
+            writer.add(name, source.tensor(name))
+    writer.finish()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_folder):
+    return load_engine(tiny_folder, dtype=torch.float32, num_slots=4)

@@ -1,0 +1,91 @@
+"""Streaming: the same sound as whole, early, in growing chunks, and stopped at will."""
+
+import pytest
+import torch
+
+from s2quant.codec import CodecStream
+from s2quant.errors import UserError
+from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.speech import Request
+
+
+@pytest.fixture
+def no_end(engine, monkeypatch):
+    plain = engine.model.slow.constrained_logits
+
+    def constrained_logits(hidden):
+        logits = plain(hidden).clone()
+        logits[:, -1] = -1e4
+        return logits
+
+    monkeypatch.setattr(engine.model.slow, "constrained_logits", constrained_logits)
+
+
+def test_the_chunks_together_are_the_whole_sound(engine, no_end):
+    request = Request(text="Hello there, this is streamed.", seed=4, max_frames=75)
+    chunks, speeches = zip(*engine.stream_request(request), strict=True)
+    assert [speech is None for speech in speeches] == [True] * (len(chunks) - 1) + [False]
+    assert torch.equal(speeches[-1].codes, engine.speak(request).codes)
+    whole = engine.decode(speeches[-1].codes)
+    assert whole.shape == (75 * engine.codec.frame_size,)
+    torch.testing.assert_close(torch.cat(chunks), whole, atol=1e-5, rtol=0)
+    frames = [len(chunk) // engine.codec.frame_size for chunk in chunks]
+    assert frames == [4, 8, 16, 32, 15]
+
+
+def test_chunks_stop_growing_and_the_last_may_be_empty(engine, no_end, monkeypatch):
+    monkeypatch.setattr(CodecStream, "push", lambda self, codes: torch.zeros(1, 1, codes.shape[2]))
+    chunks = [len(chunk) for chunk, _ in engine.stream_request(Request(text="Hi.", max_frames=188))]
+    assert chunks == [4, 8, 16, 32, 64, 64, 0]
+    assert [len(chunk) for chunk in engine.stream("Hi.", max_frames=12)] == [4, 8]  # no empty chunk here
+
+
+def test_the_first_chunk_comes_after_four_frames(engine, no_end, monkeypatch):
+    steps = []
+    plain = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: steps.append(1) or plain(self, *args))
+    stream = engine.stream("Hello there.", max_frames=200)
+    assert not steps
+    assert len(next(stream)) == 4 * engine.codec.frame_size
+    assert len(steps) == 3  # the first frame comes from the prefill
+    next(stream)
+    assert len(steps) == 11
+    stream.close()
+    assert len(steps) == 11 and list(stream) == []
+    assert len(engine.speak(Request(text="Hi.", max_frames=2)).codes[0]) == 2  # the engine goes on
+
+
+def test_two_streams_side_by_side_do_not_disturb_each_other(engine, no_end):
+    alone = torch.cat(list(engine.stream("One.", seed=1, max_frames=14)))
+    first, second = engine.stream("One.", seed=1, max_frames=14), engine.stream("Two.", seed=2, max_frames=14)
+    chunks = [chunk for pair in zip(first, second, strict=True) for chunk in pair]
+    torch.testing.assert_close(torch.cat(chunks[::2]), alone, atol=1e-6, rtol=0)
+
+
+def test_long_text_streams_through_its_batches(engine, no_end):
+    text = "<|speaker:0|>" + "One two three. " * 18 + "<|speaker:1|>" + "Four five six. " * 18
+    chunks = list(engine.stream_request(Request(text=text, max_frames=6)))
+    speech = chunks[-1][1]
+    assert speech.batch_frames == (6, 6)
+    torch.testing.assert_close(torch.cat([c for c, _ in chunks]), engine.decode(speech.codes), atol=1e-5, rtol=0)
+
+
+def test_without_a_codec_sound_is_refused_at_once(engine):
+    silent = Engine(engine.model, engine.tokenizer)
+    for call in (silent.stream, lambda text: silent.stream_request(Request(text=text))):
+        with pytest.raises(UserError, match=r"codec\.pth"):
+            call("Hello.")
+    with pytest.raises(UserError, match=r"codec\.pth"):
+        silent.decode(torch.zeros(10, 3, dtype=torch.int64))
+    assert silent.speak(Request(text="Hi.", max_frames=2)).codes.shape[0] == 10
+
+
+def test_a_stream_takes_one_voice_or_several(engine, no_end, tmp_path):
+    from s2quant.prompt import Voice
+
+    voice = Voice(text="Said.", codes=torch.arange(10 * 5).view(10, 5))
+    one = torch.cat(list(engine.stream("Hi.", voice=voice, max_frames=4)))
+    listed = torch.cat(list(engine.stream("Hi.", voice=[voice], max_frames=4)))
+    none = torch.cat(list(engine.stream("Hi.", max_frames=4)))
+    assert torch.equal(one, listed) and not torch.equal(one, none)
