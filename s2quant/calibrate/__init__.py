@@ -1,0 +1,1 @@
+"""Calibration: text lines -> prompts -> speech codes -> padded batches."""

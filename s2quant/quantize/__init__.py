@@ -1,0 +1,1 @@
+"""Quantization: the plan, GPTQ and round-to-nearest, the loop over blocks."""

@@ -1,0 +1,140 @@
+"""Calibration sequences: what the model saw when it spoke, dropped clips, storage, batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2quant.calibrate.lines import CalibrationLine
+from s2quant.calibrate.sequences import (
+    CalibrationSet,
+    calibration_key,
+    load_set,
+    make_batches,
+    make_sequences,
+    save_set,
+)
+from s2quant.errors import UserError
+from s2quant.prompt import build_prompt
+from s2quant.recipe import Calibration
+from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.speech import Request
+
+LINES = [
+    CalibrationLine(id="a", text="Hello there."),
+    CalibrationLine(id="b", text="[whisper] Come closer, please."),
+    CalibrationLine(id="c", text="<|speaker:0|>One.\n<|speaker:1|>Two, three."),
+]
+SETTINGS = Calibration(source="x.jsonl", max_frames=300, max_positions=1000)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Engine:
+    return load_engine(tiny_folder, dtype=torch.float32, num_slots=2)
+
+
+@pytest.fixture(scope="module")
+def spoken(engine: Engine) -> CalibrationSet:
+    return make_sequences(engine, LINES, replace(SETTINGS, require_end=False), "key", Path())
+
+
+def test_a_sequence_is_prompt_frames_and_end(engine: Engine, spoken: CalibrationSet) -> None:
+    config = engine.config
+    assert spoken.ids == ("a", "b", "c")
+    for number, line in enumerate(LINES):
+        prompt = build_prompt(engine.tokenizer, line.text)
+        speech = engine.speak(Request(text=line.text, seed=number, max_frames=300))
+        sequence, length, frames = spoken.sequences[number], prompt.shape[1], speech.codes.shape[1]
+        assert sequence.shape == (11, length + frames + 1)
+        assert torch.equal(sequence[:, :length], prompt)
+        assert torch.equal(sequence[1:, length:-1], speech.codes)
+        assert torch.equal(sequence[0, length:-1], speech.codes[0] + config.semantic_begin_id)
+        assert sequence[0, -1] == config.im_end_id
+        assert not sequence[1:, -1].any()
+    assert spoken.num_frames(config.semantic_begin_id, config.semantic_end_id) == sum(
+        len(s[0]) - build_prompt(engine.tokenizer, line.text).shape[1] - 1
+        for s, line in zip(spoken.sequences, LINES, strict=True)
+    )
+
+
+def test_the_model_predicts_its_own_frames(engine: Engine, spoken: CalibrationSet) -> None:
+    """Teacher-forced through the generation path, every drawn code is among the candidates it was drawn from."""
+    sequence = spoken.sequences[0]
+    prompt_length = build_prompt(engine.tokenizer, LINES[0].text).shape[1]
+    hidden = engine.model.slow.forward_hidden(sequence[None])
+    logits = engine.model.slow.constrained_logits(hidden)[0, prompt_length - 1 : -2]
+    best = logits.topk(30).indices
+    assert bool((best == sequence[1, prompt_length:-1, None]).any(-1).all())
+
+
+def test_text_only(engine: Engine) -> None:
+    made = make_sequences(engine, LINES, replace(SETTINGS, codes="none"), "key", Path())
+    for sequence, line in zip(made.sequences, LINES, strict=True):
+        assert torch.equal(sequence, build_prompt(engine.tokenizer, line.text))
+
+
+def test_failed_clips_are_dropped_and_counted(engine: Engine) -> None:
+    lengths = [engine.speak(Request(text=x.text, seed=i, max_frames=300)).codes.shape[1] for i, x in enumerate(LINES)]
+    limit = sorted(lengths)[1]
+    made = make_sequences(engine, LINES, replace(SETTINGS, max_frames=limit), "key", Path())
+    failed = sum(length >= limit for length in lengths)
+    assert failed > 0
+    assert made.dropped == {"no end of speech": failed}
+    assert len(made.sequences) == len(LINES) - failed
+    with pytest.raises(UserError, match="all 3 calibration clips failed"):
+        make_sequences(engine, LINES, replace(SETTINGS, max_frames=1), "key", Path())
+
+
+def test_cut_to_max_positions(engine: Engine) -> None:
+    made = make_sequences(engine, LINES, replace(SETTINGS, max_positions=20, require_end=False), "key", Path())
+    assert [sequence.shape[1] for sequence in made.sequences] == [20, 20, 20]
+
+
+def test_a_missing_voice_is_a_clear_error(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "me.txt").write_text("What I say.", "utf-8")
+    with pytest.raises(UserError, match=r"me\.wav"):
+        make_sequences(engine, [replace(LINES[0], voice="me.wav")], SETTINGS, "key", tmp_path)
+
+
+def test_storage_round_trip_and_same_bytes(spoken: CalibrationSet, tmp_path: Path) -> None:
+    save_set(spoken, tmp_path / "a.safetensors")
+    save_set(spoken, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    again = load_set(tmp_path / "a.safetensors", 10)
+    assert (again.ids, again.key, again.dropped) == (spoken.ids, spoken.key, spoken.dropped)
+    assert all(torch.equal(x, y) for x, y in zip(again.sequences, spoken.sequences, strict=True))
+    with pytest.raises(UserError, match=r"\[8, T\]"):
+        load_set(tmp_path / "a.safetensors", 7)
+    (tmp_path / "c.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="calibration set"):
+        load_set(tmp_path / "c.safetensors", 10)
+
+
+def test_the_key_depends_on_what_matters() -> None:
+    key = calibration_key(LINES, SETTINGS, {"x": "1"})
+    assert key == calibration_key(LINES, replace(SETTINGS, batch_size=3, source="elsewhere"), {"x": "1"})
+    changed = [
+        calibration_key(LINES[:2], SETTINGS, {"x": "1"}),
+        calibration_key(LINES, replace(SETTINGS, seed=1), {"x": "1"}),
+        calibration_key(LINES, replace(SETTINGS, codes="none"), {"x": "1"}),
+        calibration_key(LINES, SETTINGS, {"x": "2"}),
+    ]
+    assert len({key, *changed}) == 5
+
+
+def test_batches_pad_on_the_right_and_lose_nothing(spoken: CalibrationSet) -> None:
+    batches = make_batches(spoken.sequences, 2, pad_id=7)
+    assert [len(tokens) for tokens, _ in batches] == [2, 1]
+    found = []
+    for tokens, mask in batches:
+        assert tokens.shape[0] == mask.shape[0]
+        assert bool((tokens[:, 0][~mask] == 7).all())
+        for row in range(len(tokens)):
+            length = int(mask[row].sum())
+            assert bool(mask[row, :length].all())
+            found.append(tokens[row, :, :length])
+    want = sorted(spoken.sequences, key=lambda s: s.shape[1])
+    assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
