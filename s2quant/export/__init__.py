@@ -1,0 +1,1 @@
+"""Writing checkpoint folders: random ones, quantized ones, export profiles; and checking what was written."""
