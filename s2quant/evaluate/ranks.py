@@ -1,0 +1,98 @@
+"""One process, or several that `accelerate launch` started: who does which part, and waiting for one another.
+
+Processes share nothing but the run's folder. Every one takes its share of the jobs and writes files of its own; they
+meet only at barriers, so no tensor ever crosses between them, and the CPU's backend is enough on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from s2quant.errors import UserError
+
+LONGEST_WAIT = timedelta(days=7)  # a process may have nothing left to do long before the others
+
+T = TypeVar("T")
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """A process among all of a run.
+
+    Args:
+        rank: Number of this process, from 0.
+        world: Number of processes.
+        local_rank: Number of this process on its host.
+        wait: Returns when every process has called it.
+        close: Ends the group.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    wait: Callable[[], None] = _nothing
+    close: Callable[[], None] = _nothing
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Take this process's part, every world-th item.
+
+        Args:
+            items: The same in every process.
+
+        Returns:
+            Its items, in order.
+        """
+        return list(items[self.rank :: self.world])
+
+    def device(self, name: str) -> str:
+        """Choose this process's device.
+
+        Args:
+            name: What the user asked for.
+
+        Returns:
+            `cuda` with the number of the process on its host when there are several, else the name as it is.
+        """
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.world > 1 else name
+
+
+def find_ranks() -> Ranks:
+    """Join the other processes, if a launcher started several.
+
+    Returns:
+        This process among all.
+
+    Raises:
+        UserError: There are several, and accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:  # what `accelerate launch` and torchrun tell every process
+        return Ranks()
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise UserError(
+            "several processes, and the package accelerate is not installed",
+            "the packages of s2quant[eval]",
+            "pip install 's2quant[eval]', or run one process",
+        ) from error
+    state = PartialState(cpu=True, timeout=LONGEST_WAIT)
+    return Ranks(
+        rank=state.process_index,
+        world=state.num_processes,
+        local_rank=state.local_process_index,
+        wait=state.wait_for_everyone,
+        close=state.destroy_process_group,
+    )
