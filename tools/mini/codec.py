@@ -1,0 +1,350 @@
+"""The small codec: the released one's topology, trained on frames of speech with a mel loss and a phoneme classifier.
+
+Legend: B rows, F frames of 2048 samples at 44.1 kHz, D latent width, d codebook width, N codebooks, P phonemes.
+
+Rows are runs of consecutive utterances. Training begins as a plain autoencoder; then the codebooks are laid out on
+the latents it has (principal directions and k-means, stage by stage) and switched in. The classifier reads what the
+first codebook keeps, so that this codebook carries the words, which are what the Slow AR has to predict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mini.common import CODEC_RATE, FRAME_SIZE, Budget, Log, Speech, Step, cosine, save
+from mini.speech import PHONES
+from s2quant.codec import Codec, CodecConfig, TransformerSize, codec_from_state, random_codec_state, unfold_state
+
+CONFIG = CodecConfig(
+    encoder_dim=8,
+    encoder_rates=(2, 4, 8, 8),
+    encoder_transformers=(None, None, None, TransformerSize(num_layers=1, intermediate_size=384)),
+    decoder_dim=256,
+    decoder_rates=(8, 8, 4, 2),
+    latent_dim=192,
+    downsample_factors=(2, 2),
+    pre=TransformerSize(num_layers=1, intermediate_size=576),
+    post=TransformerSize(num_layers=2, intermediate_size=576),
+    codebook_dim=8,
+    semantic_size=512,
+    num_residual=9,
+    residual_size=256,
+)
+SCALES = ((2048, 160), (1024, 80), (512, 40), (256, 20), (128, 10))  # window, mel bands
+FLOOR = 1e-4  # -80 dB of full scale: below it the mel loss sees silence
+RESTART_EVERY, USAGE_DECAY = 100, 0.98
+
+
+def mel_bands(window: int, bands: int) -> Tensor:
+    """Triangular bands on the mel scale up to half the rate; each gives a mean: [bands, window / 2 + 1]."""
+
+    def mel(hz: float) -> float:
+        return 2595 * math.log10(1 + hz / 700)
+
+    points = torch.linspace(0, mel(CODEC_RATE / 2), bands + 2, dtype=torch.float64)
+    hz = 700 * (10 ** (points / 2595) - 1)
+    bins = torch.linspace(0, CODEC_RATE / 2, window // 2 + 1, dtype=torch.float64)[None]
+    width = CODEC_RATE / window  # at least one bin wide on each side
+    low = torch.minimum(hz[:-2], hz[1:-1] - width)[:, None]
+    high = torch.maximum(hz[2:], hz[1:-1] + width)[:, None]
+    peak = hz[1:-1, None]
+    triangles = torch.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clamp(min=0)
+    return (triangles / triangles.sum(1, keepdim=True)).float()
+
+
+class MelLoss(nn.Module):
+    """Mean absolute difference of log10 mel amplitudes over several window lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for window, bands in SCALES:
+            self.register_buffer(f"bands{window}", mel_bands(window, bands), persistent=False)
+            hann = torch.hann_window(window)
+            self.register_buffer(f"window{window}", 2 * hann / hann.sum(), persistent=False)
+
+    def mel(self, wav: Tensor, window: int) -> Tensor:
+        """[B, S] -> log10 amplitude [B, bands, T]."""
+        hann = getattr(self, f"window{window}")
+        spectrum = torch.stft(wav, window, window // 4, window=hann, return_complex=True)
+        power = spectrum.real.square() + spectrum.imag.square()
+        return (getattr(self, f"bands{window}") @ (power + 1e-12).sqrt() + FLOOR).log10()
+
+    def forward(self, heard: Tensor, target: Tensor) -> Tensor:
+        """Both [B, S]."""
+        losses = [(self.mel(heard, w) - self.mel(target, w)).abs().mean() for w, _ in SCALES]
+        return torch.stack(losses).mean()
+
+
+class PhoneClassifier(nn.Module):
+    """Guess the phonemes of a frame from its point in the first codebook's space."""
+
+    def __init__(self, codebook_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(codebook_dim, 256), nn.GELU(), nn.Linear(256, len(PHONES)))
+
+    def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """points [B, d, F], labels int64 [B, F, 4] -> cross-entropy against all four, accuracy of the third."""
+        scores = self.layers(points.transpose(1, 2))  # [B, F, P]
+        spread = scores[:, :, None].expand(-1, -1, labels.shape[2], -1)
+        loss = functional.cross_entropy(spread.flatten(0, 2), labels.flatten())
+        return loss, (scores.argmax(-1, keepdim=True) == labels).float().amax(-1).mean()
+
+
+@torch.no_grad()
+def cluster(points: Tensor, count: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
+    """k-means by angle: [n, d] -> entries [count, d], as long as their points are on average."""
+    directions = functional.normalize(points)
+    entries = points[torch.randperm(len(points), generator=generator)[:count].to(points.device)]
+    if len(entries) < count:
+        entries = entries.repeat(math.ceil(count / len(entries)), 1)[:count] + 0.01 * torch.randn(
+            count, points.shape[1], generator=generator
+        ).to(points)
+    for _ in range(rounds):
+        nearest = (directions @ functional.normalize(entries).T).argmax(1)
+        sums = torch.zeros_like(entries).index_add_(0, nearest, points)
+        sizes = torch.zeros(count, device=points.device).index_add_(0, nearest, torch.ones_like(points[:, 0]))
+        entries = torch.where(sizes[:, None] > 0, sums / sizes.clamp(min=1)[:, None], entries)
+    return entries
+
+
+@torch.no_grad()
+def lay_out_codebooks(codec: Codec, latents: Tensor, generator: torch.Generator) -> None:
+    """Place every codebook on latents [n, D]: the first where its classifier wants it, the others on what is left."""
+    left = latents.clone()
+    books = [codec.quantizer.semantic_quantizer.quantizers[0], *codec.quantizer.quantizer.quantizers]
+    for number, book in enumerate(books):
+        mean = left.mean(0)
+        if number:
+            _, vectors = torch.linalg.eigh((left - mean).T @ (left - mean) / len(left))
+            basis = vectors[:, -book.in_proj.out_channels :].T  # [d, D]
+            book.in_proj.weight.copy_(basis[..., None])
+            book.in_proj.bias.copy_(-basis @ mean)
+        points = functional.conv1d(left.T[None], book.in_proj.weight, book.in_proj.bias)[0].T  # [n, d]
+        entries = cluster(points, book.codebook.num_embeddings, generator)
+        book.codebook.weight.copy_(entries)
+        rows = entries[book.nearest(points.T[None])[0]]
+        design = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+        ridge = 1e-3 * torch.eye(design.shape[1], device=design.device) * len(design)
+        fit = torch.linalg.solve(design.T @ design + ridge * 1e-2, design.T @ left)  # [d + 1, D]
+        book.out_proj.weight.copy_(fit[:-1].T[..., None])
+        book.out_proj.bias.copy_(fit[-1])
+        left = left - design @ fit
+
+
+class Trainer:
+    """Training of the codec."""
+
+    def __init__(
+        self, config: CodecConfig, device: str, seed: int, log: Log, compiled: bool, rows: int, row_frames: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.device, self.log, self.rows, self.row_frames = device, log, rows, row_frames
+        self.codec = codec_from_state(random_codec_state(config, seed)).to(device).train()
+        self.mel = MelLoss().to(device)
+        self.phones = PhoneClassifier(config.codebook_dim).to(device)
+        self.parameters = [*self.codec.parameters(), *self.phones.parameters()]
+        for p in self.parameters:
+            p.requires_grad_(True)
+        self.rate = torch.tensor(0.0, device=device)
+        cuda = device != "cpu"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, betas=(0.8, 0.99), weight_decay=1e-4, capturable=cuda, foreach=cuda
+        )
+        self.usage = torch.ones(config.num_codebooks, max(config.codebook_sizes), device=device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.random = np.random.default_rng(seed)
+
+        def wrap(function: object) -> object:
+            return torch.compile(function, dynamic=False) if compiled else function
+
+        self.encode, self.decode = wrap(self.codec.encode_latent), wrap(self.codec.decode_latent)
+        self.quantize = wrap(self.codec.quantize)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def _update(self, loss: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        return norm
+
+    def plain_step(self, wav: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Without quantizing: wav [B, 1, S], labels int64 [B, F, 4]."""
+        latent = self.encode(wav)
+        mel = self.mel(self.decode(latent)[:, 0].float(), wav[:, 0])
+        book = self.codec.quantizer.semantic_quantizer.quantizers[0]
+        phone, accuracy = self.phones(book.in_proj(latent), labels)
+        norm = self._update(15 * mel + 2 * phone)
+        return {
+            "mel": mel.detach(),
+            "phone": phone.detach(),
+            "accuracy": accuracy,
+            "norm": norm,
+            "latent": latent.detach(),
+        }
+
+    def step(self, wav: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """With codebooks: wav [B, 1, S], labels int64 [B, F, 4]."""
+        q = self.quantize(self.encode(wav))
+        mel = self.mel(self.decode(q.latent)[:, 0].float(), wav[:, 0])
+        point = q.projected[:, 0] + (q.rows[:, 0] - q.projected[:, 0]).detach()
+        phone, accuracy = self.phones(point, labels)
+        scale = q.rows.detach().square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6  # each codebook counts the same
+        codebook = ((q.rows - q.projected.detach()).square() / scale).mean()
+        commitment = ((q.rows.detach() - q.projected).square() / scale).mean()
+        norm = self._update(15 * mel + 2 * phone + codebook + 0.25 * commitment)
+        counts = torch.zeros_like(self.usage).scatter_add_(
+            1,
+            q.codes.transpose(0, 1).flatten(1),
+            torch.ones_like(q.codes, dtype=torch.float32).flatten(1).view(len(self.usage), -1),
+        )
+        self.usage.mul_(USAGE_DECAY).add_(counts, alpha=1 - USAGE_DECAY)
+        return {
+            "mel": mel.detach(), "phone": phone.detach(), "accuracy": accuracy, "norm": norm,
+            "commitment": commitment.detach(), "projected": q.projected.detach(),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def restart_unused(self, projected: Tensor) -> int:
+        """Move entries that nothing chooses onto points [B, N, d, F] of the last step; gives how many moved."""
+        books = [self.codec.quantizer.semantic_quantizer.quantizers[0], *self.codec.quantizer.quantizer.quantizers]
+        moved = 0
+        for number, book in enumerate(books):
+            size = book.codebook.num_embeddings
+            usage = self.usage[number, :size]
+            unused = (usage < 0.03 * usage.mean()).nonzero()[:, 0]
+            if len(unused) == 0:
+                continue
+            points = projected[:, number].transpose(1, 2).flatten(0, 1)
+            chosen = torch.from_numpy(self.random.integers(0, len(points), len(unused))).to(points.device)
+            book.codebook.weight[unused] = points[chosen]
+            state = self.optimizer.state.get(book.codebook.weight, {})
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name][unused] = 0
+            self.usage[number, unused] = usage.mean()
+            moved += len(unused)
+        return moved
+
+    # ---- the whole ---------------------------------------------------------------------------------------------
+
+    def draw(self, sound: Tensor, labels: Tensor, starts: np.ndarray) -> dict[str, Tensor]:
+        """Rows that begin at random utterances, from sound int16 [all F, 2048] and labels uint8 [all F, 4]."""
+        starts = starts[starts <= len(sound) - self.row_frames]
+        first = torch.from_numpy(self.random.choice(starts, self.rows)).to(self.device)
+        index = first[:, None] + torch.arange(self.row_frames, device=self.device)
+        return {"wav": sound[index].flatten(1)[:, None].float() / 32768, "labels": labels[index].long()}
+
+    def warm_up(self) -> None:
+        """Compile both kinds of step; nothing is learned."""
+        size = self.rows, 1, self.row_frames * FRAME_SIZE
+        wav = torch.randn(size, device=self.device) * 0.05
+        labels = torch.zeros(self.rows, self.row_frames, 4, dtype=torch.int64, device=self.device)
+        self.plain_step(wav, labels)  # the rate is 0
+        self.step(wav, labels)
+        self.optimizer.state.clear()
+        self.usage.fill_(1.0)
+
+    def train(self, speech: Speech, budget: Budget, peak: float, path: Path, plain: float = 0.08) -> None:
+        """Train; `plain` is the share of the time before the codebooks are switched in."""
+        sound, loaded = speech.framed(0), len(speech.rows)
+        labels, starts = speech.phones.to(self.device), speech.frame_starts
+        latents: list[Tensor] = []
+        step, quantized, restarts = Step(self.plain_step, self.log), False, 0
+        saved = 0.0
+        while not budget.over:
+            if not quantized and budget.fraction > plain and len(latents) >= 8:
+                points = torch.cat(latents[-32:]).transpose(1, 2).flatten(0, 1).float()
+                lay_out_codebooks(self.codec, points, self.generator)
+                step, quantized = Step(self.step, self.log), True
+                self.log("codebooks laid out", step=budget.steps, points=len(points))
+            self.rate.fill_(peak * cosine(budget.fraction))
+            out = step(**self.draw(sound, labels, starts))
+            budget.steps += 1
+            if not quantized and budget.steps % 4 == 0:
+                latents.append(out["latent"].clone())
+                latents = latents[-32:]
+            if quantized and budget.steps % RESTART_EVERY == 0 and budget.fraction < 0.7:
+                restarts += self.restart_unused(out["projected"])
+            if budget.steps % 100 == 0:
+                shown = {name: float(out[name]) for name in ("mel", "phone", "accuracy", "norm")}
+                self.log(
+                    "train",
+                    step=budget.steps,
+                    quantized=quantized,
+                    restarts=restarts,
+                    part_done=budget.fraction,
+                    **shown,
+                )
+                if not speech.complete and speech.refresh():
+                    sound = torch.cat([sound, speech.framed(loaded)])
+                    loaded, labels, starts = len(speech.rows), speech.phones.to(self.device), speech.frame_starts
+            if quantized and budget.fraction > saved + 0.2:
+                saved = budget.fraction
+                self.save(path)
+        self.round_weights()
+        self.save(path)
+
+    def round_weights(self) -> None:
+        """Round to what the file holds, so that all that follows is made by the codec that is shipped."""
+        with torch.no_grad():
+            for p in self.codec.parameters():
+                p.copy_(p.half().float())
+
+    def save(self, path: Path) -> None:
+        """Write codec.pth in 16 bit."""
+        state = {key: value.half().cpu().clone() for key, value in unfold_state(self.codec.state_dict()).items()}
+        save(path, state)
+
+
+@torch.no_grad()
+def encode_all(codec: Codec, speech: Speech, batch_frames: int = 24576) -> Tensor:
+    """Encode every utterance on its own, as a reference recording would be: int16 [N, all F], on the host."""
+    codes = torch.zeros(codec.num_codebooks, int(speech.frames.sum()), dtype=torch.int16)
+    order, starts = np.argsort(speech.frames, kind="stable"), speech.frame_starts
+    sound = speech.framed(0)
+    first = 0
+    while first < len(order):
+        count = max(1, batch_frames // int(speech.frames[order[min(first + 400, len(order) - 1)]]))
+        chosen = order[first : first + count]
+        longest = int(speech.frames[chosen].max())
+        index = torch.from_numpy(starts[chosen]).to(sound.device)[:, None] + torch.arange(longest, device=sound.device)
+        inside = torch.arange(longest)[None] < torch.from_numpy(speech.frames[chosen])[:, None]
+        wav = sound[index.clamp(max=len(sound) - 1)].float() / 32768 * inside.to(sound.device)[..., None]
+        found = codec.quantize(codec.encode_latent(wav.flatten(1)[:, None])).codes.short().cpu()  # [B, N, F]
+        places = torch.from_numpy(starts[chosen])[:, None] + torch.arange(longest)
+        codes[:, places[inside]] = found.transpose(1, 2)[inside].T
+        first += count
+    return codes
+
+
+@torch.no_grad()
+def round_trip(codec: Codec, codes: Tensor, speech: Speech, indices: Sequence[int], batch: int = 32) -> list[Tensor]:
+    """Decode utterances from their codes [N, all F]: float [S] each, at the codec's rate, on the device."""
+    starts, sounds = speech.frame_starts, []
+    for first in range(0, len(indices), batch):
+        chosen = indices[first : first + batch]
+        longest = max(int(speech.frames[i]) for i in chosen)
+        block = torch.zeros(len(chosen), codec.num_codebooks, longest, dtype=torch.int64)
+        for row, i in zip(block, chosen, strict=True):
+            row[:, : speech.frames[i]] = codes[:, starts[i] : starts[i] + speech.frames[i]].long()
+        wav = codec.decode(block.to(codec.device))
+        sounds += [w[0, : int(speech.frames[i]) * FRAME_SIZE] for w, i in zip(wav, chosen, strict=True)]
+    return sounds
+
+
+def entropies(codes: Tensor) -> list[float]:
+    """Bits per codebook of codes [N, F] taken one by one."""
+    bits = []
+    for row in codes.long():
+        share = torch.bincount(row).double() / len(row)
+        bits.append(float(-(share[share > 0] * share[share > 0].log2()).sum()))
+    return bits

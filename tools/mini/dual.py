@@ -1,0 +1,313 @@
+"""The small Dual-AR: sizes, optimizer, training on packed rows, and the files of the checkpoint.
+
+Legend: B rows, T positions, N codebooks, D width, G chosen targets, V tokens, C codes.
+
+The model is `s2quant.model.DualAR`; only attention gets a mask, so that a row can hold several conversations. At
+every chosen target the Slow AR is scored on the token (over its whole vocabulary), and at every frame the Fast AR on
+the nine residual codes. A few of the frames that the Slow AR reads are replaced by others, so that one slip while
+speaking does not lead astray.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mini.common import Budget, Log, Step, cosine
+from mini.tokenizer import layout, write_tokenizer
+from s2quant.checkpoint.config import S2Config
+from s2quant.checkpoint.writer import ShardWriter
+from s2quant.export.random import s2_pro_config
+from s2quant.files import write_json
+from s2quant.model import DualAR, disk_name
+
+SHARD_BYTES = 10_000_000
+LENGTH = 512  # positions of a training row
+WRONG_FRAMES = 0.03
+
+
+def config_json(
+    num_semantic: int = 512,
+    dim: int = 256,
+    slow_layers: int = 6,
+    fast_layers: int = 3,
+    slow_ffn: int = 768,
+    fast_ffn: int = 512,
+) -> dict[str, Any]:
+    """config.json of s2-mini: the real one's fields with small numbers."""
+    config = copy.deepcopy(s2_pro_config())
+    ids = layout(num_semantic)
+    sizes = {"dim": dim, "head_dim": 64, "n_head": dim // 64, "n_local_heads": max(1, dim // 128)}
+    vocab_size = (ids.num_tokens // 64 + 1) * 64
+    config["text_config"] |= sizes | {
+        "n_layer": slow_layers, "intermediate_size": slow_ffn, "max_seq_len": 2048, "vocab_size": vocab_size
+    }  # fmt: skip
+    config["audio_decoder_config"] |= sizes | {
+        "n_layer": fast_layers, "intermediate_size": fast_ffn, "text_dim": dim, "vocab_size": num_semantic
+    }  # fmt: skip
+    return config | {
+        "pad_token_id": ids.pad_id,
+        "eos_token_id": ids.im_end_id,
+        "audio_pad_token_id": ids.semantic_begin_id - 1,
+        "semantic_start_token_id": ids.semantic_begin_id,
+        "semantic_end_token_id": ids.num_tokens - 1,
+    }
+
+
+def initialise(model: DualAR, seed: int) -> None:
+    """Small embeddings, linears that keep the size of what they read, branches that start at nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim < 2:
+                continue
+            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+                p.zero_()
+                continue
+            scale = 0.02 if name.endswith(("embeddings.weight", "fast.output.weight")) else p.shape[1] ** -0.5
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
+class Muon:
+    """Momentum whose update of a matrix is made orthogonal by five Newton-Schulz steps; same shapes go together.
+
+    Source: https://kellerjordan.github.io/posts/muon/
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], rate: Tensor, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
+        self.rate, self.momentum, self.decay = rate, momentum, decay
+        shapes = dict.fromkeys(p.shape for p in parameters)
+        self.groups = [[p for p in parameters if p.shape == shape] for shape in shapes]
+        self.buffers = [torch.zeros(len(g), *g[0].shape, device=g[0].device) for g in self.groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all matrices from their gradients."""
+        for group, buffer in zip(self.groups, self.buffers, strict=True):
+            gradient = torch.stack([p.grad for p in group])
+            buffer.lerp_(gradient, 1 - self.momentum)
+            x = gradient.lerp(buffer, self.momentum).to(torch.bfloat16)
+            wide = x.shape[1] > x.shape[2]
+            x = x.mT if wide else x
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                a = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = (x.mT if wide else x).float() * max(1.0, group[0].shape[0] / group[0].shape[1]) ** 0.5
+            for p, update in zip(group, x, strict=True):
+                p.mul_(1 - self.rate * self.decay).sub_(self.rate * update)
+
+
+def masked_attention(allowed: Tensor) -> Any:
+    """Attention in which each query sees only what is allowed: bool [B, 1, T, T]."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        y = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed)
+        return y.transpose(1, 2)
+
+    return attend
+
+
+class Losses(nn.Module):
+    """The model with its losses."""
+
+    def __init__(self, model: DualAR, table: Tensor) -> None:
+        super().__init__()
+        self.model, self.table = model, table
+
+    def forward(
+        self, tokens: Tensor, heard: Tensor, document: Tensor, position: Tensor, chosen: Tensor, counts: Tensor
+    ) -> dict[str, Tensor]:
+        """Score the chosen targets.
+
+        tokens int64 [B, 1+N, T] what is right; heard: what the Slow AR reads; document, position int64 [B, T];
+        chosen int64 [G] flat places b * T + t with t >= 1; counts float [G] 1 where a place counts.
+        """
+        slow, fast, config = self.model.slow, self.model.fast, self.model.config
+        same = document[:, :, None] == document[:, None, :]
+        allowed = (same & torch.ones_like(same[0]).tril())[:, None]
+        attends = [masked_attention(allowed)] * len(slow.layers)
+        hidden = slow.norm(slow.blocks(slow.embed(heard), self.table[position], attends))
+        before = hidden.flatten(0, 1)[chosen - 1]  # [G, D]
+        right = tokens.transpose(1, 2).flatten(0, 1)[chosen]  # [G, 1 + N]
+        scores = slow.head(before).float()
+        slow_loss = functional.cross_entropy(scores, right[:, 0], reduction="none")
+        is_frame = (right[:, 0] != config.im_end_id).float() * counts
+        logits = fast(before, right[:, 1:])[:, 1:].float()  # [G, N - 1, C]
+        fast_loss = functional.cross_entropy(logits.flatten(0, 1), right[:, 2:].flatten(), reduction="none")
+        fast_loss = fast_loss.view(len(right), -1).mean(1)
+        hit = (scores.detach().argmax(-1) == right[:, 0]).float()
+        total, frames = counts.sum().clamp(min=1), is_frame.sum().clamp(min=1)
+        return {
+            "semantic": (slow_loss * counts).sum() / total,
+            "residual": (fast_loss * is_frame).sum() / frames,
+            "accuracy": (hit * counts).sum() / total,
+        }
+
+
+class Rows:
+    """Packed rows on the device, growing as chunks appear."""
+
+    def __init__(self, folder: Path, device: str, validation: bool = False) -> None:
+        self.folder, self.device, self.validation = folder, device, validation
+        self.seen: set[str] = set()
+        self.tokens: list[Tensor] = []
+        self.document: list[Tensor] = []
+        self.target: list[Tensor] = []
+
+    def refresh(self) -> int:
+        """Load chunks that have appeared; gives how many rows there are."""
+        for path in sorted(self.folder.glob("rows-[0-9][0-9][0-9].npz")):
+            if path.name in self.seen or (path.name == "rows-000.npz") != self.validation:
+                continue
+            with np.load(path) as data:
+                self.tokens.append(torch.from_numpy(data["tokens"]).to(self.device))
+                self.document.append(torch.from_numpy(data["document"]).to(self.device))
+                self.target.append(torch.from_numpy(data["target"]).to(self.device))
+            self.seen.add(path.name)
+        return sum(len(chunk) for chunk in self.tokens)
+
+    def draw(
+        self, batch: int, num_targets: int, config: S2Config, generator: torch.Generator, wrong: float
+    ) -> dict[str, Tensor]:
+        """One batch, drawn on the device from one chunk."""
+        chunk = int(torch.randint(len(self.tokens), (1,)))
+        index = torch.randint(len(self.tokens[chunk]), (batch,), device=self.device, generator=generator)
+        tokens, document = self.tokens[chunk][index].long(), self.document[chunk][index].long()
+        target = self.target[chunk][index]
+        length = tokens.shape[2]
+        place = torch.arange(length, device=self.device)
+        first = torch.cat(
+            [torch.ones_like(document[:, :1], dtype=torch.bool), document[:, 1:] != document[:, :-1]], dim=1
+        )
+        position = place - torch.where(first, place, 0).cummax(dim=1).values
+        key = torch.rand(target.shape, device=self.device, generator=generator) * target
+        best, chosen = key.flatten().topk(min(num_targets, key.numel() - 1))
+        heard = tokens
+        if wrong:
+            frames = (tokens[:, :1] >= config.semantic_begin_id) & (tokens[:, :1] <= config.semantic_end_id)
+            other = tokens.roll(7, dims=2).roll(1, dims=0)
+            swap = frames & (other[:, :1] >= config.semantic_begin_id) & (other[:, :1] <= config.semantic_end_id)
+            swap &= torch.rand(swap.shape, device=self.device, generator=generator) < wrong
+            heard = torch.where(swap, other, tokens)
+        return {
+            "tokens": tokens, "heard": heard, "document": document, "position": position,
+            "chosen": chosen.clamp(min=1), "counts": (best > 0).float(),
+        }  # fmt: skip
+
+
+class Trainer:
+    """Training of the Dual-AR."""
+
+    def __init__(
+        self, raw: dict[str, Any], device: str, seed: int, log: Log, compiled: bool, batch: int, num_targets: int
+    ) -> None:
+        self.raw, self.config, self.device, self.log = raw, S2Config.from_json(raw), device, log
+        self.batch, self.num_targets = batch, num_targets
+        self.model = DualAR(self.config)
+        initialise(self.model, seed)
+        self.model.to(device)
+        table = self.model.slow.rotary.table(LENGTH, torch.device(device)).clone()
+        self.model.fast.rotary.table(self.config.num_codebooks, torch.device(device))
+        losses = Losses(self.model, table)
+        self.plain_losses = losses  # for checks: compiling them without gradients would cost half a minute
+        self.losses = torch.compile(losses, dynamic=False) if compiled else losses
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu", cache_enabled=False)
+        named = [(name, p) for name, p in self.model.named_parameters()]
+        matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
+        others = [p for name, p in named if not (".layers." in name and p.ndim == 2)]
+        self.rate, self.muon_rate = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
+        self.muon = Muon(matrices, self.muon_rate)
+        cuda = device != "cpu"
+        self.adam = torch.optim.AdamW(
+            others, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, capturable=cuda, foreach=cuda
+        )
+        self.parameters = [p for _, p in named]
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def _step(self, **batch: Tensor) -> dict[str, Tensor]:
+        for p in self.parameters:
+            p.grad = None
+        with self.autocast:
+            found = self.losses(**batch)
+        (found["semantic"] + found["residual"]).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.muon.step()
+        self.adam.step()
+        return {name: value.detach() for name, value in found.items()} | {"norm": norm}
+
+    def warm_up(self) -> None:
+        """Compile on made-up rows, before there are real ones; nothing is learned from them."""
+        tokens = torch.full((self.batch, 1 + self.config.num_codebooks, LENGTH), 1, device=self.device)
+        tokens[:, 0] = self.config.semantic_begin_id
+        document = torch.zeros(self.batch, LENGTH, dtype=torch.int64, device=self.device)
+        chosen = torch.arange(1, 1 + self.num_targets, device=self.device)
+        batch = {
+            "tokens": tokens, "heard": tokens, "document": document, "chosen": chosen,
+            "position": torch.arange(LENGTH, device=self.device).expand(self.batch, -1).contiguous(),
+            "counts": torch.ones(self.num_targets, device=self.device),
+        }  # fmt: skip
+        self._step(**batch)  # both rates are 0
+        self.adam.state.clear()
+        for buffer in self.muon.buffers:
+            buffer.zero_()
+
+    def draw(self, rows: Rows, wrong: float = WRONG_FRAMES) -> dict[str, Tensor]:
+        """One batch of the sizes trained with."""
+        return rows.draw(self.batch, self.num_targets, self.config, self.generator, wrong)
+
+    def train(self, rows: Rows, check: Rows, budget: Budget, muon_rate: float, adam_rate: float, save: Any) -> None:
+        """Train for a stretch of time; `save()` is called now and then, and at the end."""
+        step, saved = Step(self._step, self.log), 0.0
+        while not budget.over:
+            factor = cosine(budget.fraction)
+            self.rate.fill_(adam_rate * factor)
+            self.muon_rate.fill_(muon_rate * factor)
+            out = step(**self.draw(rows))
+            budget.steps += 1
+            if budget.steps % 200 == 0:
+                self.log("train", step=budget.steps, part_done=budget.fraction, **{k: float(v) for k, v in out.items()})
+                rows.refresh()
+            if budget.fraction > saved + 0.2 and budget.fraction < 0.95:
+                saved = budget.fraction
+                self.log("checked", step=budget.steps, **self.check(check))
+                save()
+        self.log("trained", step=budget.steps, **self.check(check))
+        save()
+
+    @torch.no_grad()
+    def check(self, rows: Rows, count: int = 8) -> dict[str, float]:
+        """Losses on rows of the validation split."""
+        rows.refresh()
+        sums: dict[str, float] = {}
+        for _ in range(count):
+            with self.autocast:
+                found = self.plain_losses(**self.draw(rows, wrong=0.0))
+            for name, value in found.items():
+                sums[f"held_out_{name}"] = sums.get(f"held_out_{name}", 0.0) + float(value) / count
+        return sums
+
+
+def write_model(folder: Path, raw: dict[str, Any], model: DualAR) -> None:
+    """Write the checkpoint's shards, index, config and tokenizer (codec.pth is the codec's)."""
+    write_json(folder / "config.json", raw)
+    write_tokenizer(folder, raw["audio_decoder_config"]["vocab_size"])
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for name, tensor in model.state_dict().items():
+        writer.add(disk_name(name), tensor.to(torch.bfloat16))
+    writer.finish()
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count them."""
+    return sum(math.prod(p.shape) for p in model.parameters())
