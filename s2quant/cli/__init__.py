@@ -1,0 +1,80 @@
+"""The command line: parse, call one function, print. The only package that prints.
+
+Exit status: 0 done; 1 a verification found a fault, or a model said nothing; 2 the input is wrong; 130 interrupted.
+Heavy imports happen inside the commands, so that `--help` answers at once.
+Each command is a file here with `add`, which says its words, and a function that carries it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from s2quant import __version__
+from s2quant.cli import checkpoints, demo, quantize, speak
+from s2quant.errors import UserError, VerificationError
+
+COMMANDS = (quantize, checkpoints, speak, demo)  # in the order of the help
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run s2quant.
+
+    Args:
+        arguments: The words after `s2quant`; None takes those of the process.
+
+    Returns:
+        The exit status.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _fail(options, error.got, error.expected, error.todo)
+    except VerificationError as error:
+        print(f"s2quant {options.command}: failed\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"s2quant {options.command}: interrupted{_resume_hint(options)}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(options, f"{error.filename or 'the system'}: {error.strerror or error}", "a file that can be used")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = (str(error) or "out of memory").splitlines()[0]
+        return _fail(options, reason, "enough memory", "close other programs, use a larger machine, or ask for less")
+
+
+def _fail(options: argparse.Namespace, got: str, expected: str, todo: str = "check the path and its rights") -> int:
+    print(f"s2quant {options.command}: error\n{UserError(got, expected, todo)}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell a lack of memory, on the CPU or on a GPU, from other errors; torch is not imported for that."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def _resume_hint(options: argparse.Namespace) -> str:
+    return "; what is finished is kept: go on with --resume" if hasattr(options, "resume") else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s2quant", description="Quantize Fish Audio S2 Pro, speak with it, and prove with speech what that cost."
+    )
+    parser.add_argument("--version", action="version", version=f"s2quant {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
