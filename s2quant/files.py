@@ -160,11 +160,14 @@ def _free_bytes(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Fill a temporary folder that takes its final name only when the block ends well.
+
+    A process that is killed leaves the temporary folder behind, under a hidden name with ".partial-" in it.
 
     Args:
         path: The final name; must not exist.
+        within: An existing folder on the same disk to work in, instead of the one above the final name.
 
     Yields:
         The temporary folder, on the same disk.
@@ -176,7 +179,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     parent = path.absolute().parent
     with disk_errors(path):
         parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{_short(path.name)}.partial-", dir=parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{_short(path.name)}.partial-", dir=within or parent))
     try:
         with disk_errors(path):
             yield partial

@@ -31,7 +31,7 @@ from s2quant.errors import UserError
 from s2quant.export.card import model_card
 from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.verify import verify_quantized
-from s2quant.files import atomic_folder, check_new, disk_errors, write_json
+from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
@@ -41,6 +41,7 @@ from s2quant.records import folder_hashes, manifest, versions
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.load import device_name, load_model, parse_device
 
+_MADE_FROM = (("model", "sha256"), ("recipe", "sha256"), ("calibration", "key"))  # in the manifest's inputs
 DETAILS = "s2quant"  # subfolder of the checkpoint with recipe, records and calibration set
 
 Report = Callable[[str, int, int], None]
@@ -92,7 +93,9 @@ def quantize_checkpoint(
         UserError: Something in the input cannot be used; nothing stands under the final name.
         VerificationError: The folder written is not what was made; nothing stands under the final name.
     """
-    check_new(options.out)
+    finished = options.resume and (options.out / "manifest.json").exists()  # stopped after its last step, or before
+    if not finished:
+        check_new(options.out)
     recipe = load_recipe(options.recipe)
     device = parse_device(options.device)
     checkpoint = open_checkpoint(options.model)
@@ -107,6 +110,8 @@ def quantize_checkpoint(
     report("hashing the model", 0, 1)
     model_sha256 = folder_hashes(options.model)
     identity = _identity(recipe, model_sha256, lines, device, options)
+    if finished:
+        return _finished_records(options.out, identity)
     if options.calibration is not None:
         _stored_set(options.calibration, identity["calibration_key"], checkpoint)
     is_new = not partial_folder(options.out).exists()
@@ -149,6 +154,23 @@ def quantize_checkpoint(
     with disk_errors(options.out):
         shutil.rmtree(store.folder)
     report("done", 1, 1)
+    return records
+
+
+def _finished_records(out: Path, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Read the records of a folder that this run finished, and clear away what was kept to resume it."""
+    inputs = read_json(out / "manifest.json").get("inputs", {})
+    made_from = [inputs.get(name, {}).get(key) for name, key in _MADE_FROM]
+    if made_from != [identity[key] for key in ("model_sha256", "recipe_sha256", "calibration_key")]:
+        raise UserError(
+            f"{out} exists already and was made from another model, recipe or calibration",
+            "a path that is free, or the folder that this run was making",
+            "remove it or name another --out",
+        )
+    records: Sequence[Mapping[str, Any]] = read_json(out / DETAILS / "records.json")["modules"]
+    if partial_folder(out).exists():
+        with disk_errors(out):
+            shutil.rmtree(partial_folder(out))
     return records
 
 
@@ -309,7 +331,7 @@ def _write(
         f"{facts['num_sequences']} sequences, {facts['num_positions']} positions, {facts['num_frames']} of them audio "
         f"frames spoken by the bf16 model; dropped clips: {facts['dropped'] or 'none'}"
     )
-    with atomic_folder(options.out) as folder:
+    with atomic_folder(options.out, within=store.folder) as folder:
         write_shards(folder, checkpoint, plan, store, options.max_shard_bytes)
         carry_files(options.model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))

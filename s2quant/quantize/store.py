@@ -7,6 +7,7 @@ stage its packed tensors with the records of its modules. A stage's file appears
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class StageStore:
         identity = json.loads(json.dumps(identity))
         if folder.exists() and not resume:
             raise UserError(f"{folder} holds a stopped run", "no such folder", "go on with --resume, or remove it")
-        if folder.exists():
+        if (folder / IDENTITY).exists():  # a run that was killed before it wrote this has finished nothing
             before = read_json(folder / IDENTITY)
             changed = [
                 f"{key}: {before.get(key)!r}, now {identity.get(key)!r}"
@@ -68,6 +69,7 @@ class StageStore:
                 )
         with disk_errors(folder):
             (folder / "stages").mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(folder)
             if not (folder / IDENTITY).exists():
                 with atomic_file(folder / IDENTITY) as partial:
                     write_json(partial, identity)
@@ -141,3 +143,12 @@ class StageStore:
 
     def _path(self, stage: str) -> Path:
         return self.stages / f"{stage}.safetensors"
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was in the middle of writing."""
+    for path in [*folder.glob(".*.partial-*"), *(folder / "stages").glob(".*.partial-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
