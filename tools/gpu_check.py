@@ -4,7 +4,8 @@
 
 Needs about 25 GB of disk under --work. With --model the bf16 checkpoint given is used instead of a random one.
 `--preload FILE.so` loads torch extension libraries first (prebuilt kernels of gptqmodel, so that nothing is compiled).
-Writes report.json and report.md; exits 1 if a count is not what the release's recipe calls for.
+Writes report.json and report.md; exits 1 if a count is not what the recipe calls for. report.json is written after
+every step, so that a run that is cut off keeps what it measured. `--size tiny --device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-EXPECTED = {"quantized": 171, "dense": 30, "tensors": 871, "tensor_bytes": 4_238_063_616}
+EXPECTED = {
+    "s2-pro": {"quantized": 171, "dense": 30, "tensors": 871, "tensor_bytes": 4_238_063_616},
+    "tiny": {"quantized": 17, "dense": 14, "tensors": 107, "tensor_bytes": 14_661_120},
+}
 TEXT = "Hello [laughing] there. This sentence is spoken by a model of the real size."
 
 
@@ -44,120 +49,163 @@ class Phases:
             print(f"  {name} ...", flush=True)
 
 
-def timed_speech(folder: Path, num_frames: int) -> dict[str, Any]:
-    """Speak once to warm up and once for the clock; eager PyTorch, batch 1."""
+class Clock:
+    """Wall time and peak memory of a device."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device.startswith("cuda")
+
+    def now(self) -> float:
+        """Wait for the device and read the clock, in seconds."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        """Give cached memory back and start to measure its peak again."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes allocated on the GPU since `reset_peak`; None on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.is_cuda else None
+
+
+def timed_speech(folder: Path, device: str, num_frames: int) -> dict[str, Any]:
+    """Speak once to warm up and once for the clock, past every end of speech; eager PyTorch, batch 1."""
     from s2quant import load_engine
     from s2quant.runtime.speech import Request
 
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    engine = load_engine(folder, device="cuda", num_slots=1)
-    torch.cuda.synchronize()
-    load_s = time.perf_counter() - started
-    speech, seed = engine.speak(Request(text=TEXT, seed=0, max_frames=8)), 0
-    for seed in range(1, 20):  # random weights end when they like: take the first long enough
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        speech = engine.speak(Request(text=TEXT, seed=seed, max_frames=num_frames))
-        torch.cuda.synchronize()
-        ar_s = time.perf_counter() - started
-        if speech.codes.shape[1] >= num_frames // 2:
-            break
+    clock = Clock(device)
+    clock.reset_peak()
+    started = clock.now()
+    engine = load_engine(folder, device=device, num_slots=1)
+    load_s = clock.now() - started
+    engine.speak(Request(text=TEXT, max_frames=8, ignore_end=True))
+    started = clock.now()
+    speech = engine.speak(Request(text=TEXT, max_frames=num_frames, ignore_end=True))
+    ar_s = clock.now() - started
     engine.decode(speech.codes)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock.now()
     audio = engine.decode(speech.codes)
-    torch.cuda.synchronize()
-    codec_s = time.perf_counter() - started
-    frames = speech.codes.shape[1]
+    codec_s = clock.now() - started
     return {
         "load_s": load_s,
-        "seed": seed,
-        "frames": frames,
-        "stop_reason": speech.stop_reason,
-        "ar_ms_per_frame": 1e3 * ar_s / frames,
-        "ar_rtf": ar_s / (frames * 2048 / 44100),
+        "frames": speech.codes.shape[1],
+        "ar_ms_per_frame": 1e3 * ar_s / num_frames,
+        "ar_rtf": ar_s / (num_frames * 2048 / 44100),
         "codec_s": codec_s,
         "audio_s": len(audio) / 44100,
         "audio_is_finite": bool(torch.isfinite(audio).all()),
         "audio_rms": float(audio.square().mean().sqrt()),
-        "peak_device_bytes": torch.cuda.max_memory_allocated(),
+        "peak_device_bytes": clock.peak_bytes(),
     }
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/s2quant-gpu-check"))
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "s2-pro-w4a16.yaml")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "s2quant-gpu-check")
+    parser.add_argument("--model", type=Path, help="a bf16 checkpoint of --size, instead of a random one")
+    parser.add_argument("--size", choices=sorted(EXPECTED), default="s2-pro")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--commit", help="the commit, when the files are no checkout")
     parser.add_argument("--preload", type=Path, nargs="*", default=[])
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
     for library in options.preload:
         torch.ops.load_library(str(library.resolve()))
-    from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
-    from s2quant.export.random import s2_pro_config, write_random
+    from s2quant.export.random import CONFIGS, write_random
     from s2quant.export.verify import inspect_folder
     from s2quant.records import git_commit, versions
+    from s2quant.runtime.load import device_name, parse_device
 
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
+    recipe = ROOT / "recipes" / f"{options.size}-w4a16.yaml"
     facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
+        "device": device_name(parse_device(options.device)),
         "host": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "commit": git_commit() or options.commit,
         "versions": versions(),
-        "recipe": options.recipe.name,
+        "size": options.size,
+        "recipe": recipe.name,
         "sequences": options.sequences,
     }
+
+    def keep() -> None:
+        (options.out / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    started = time.perf_counter()
     model = options.model or options.work / "bf16"
     if options.model is None:
-        print("random checkpoint of the real size ...", flush=True)
-        started = time.perf_counter()
-        write_random(s2_pro_config(), model, seed=0, device="cuda")
+        print("random checkpoint ...", flush=True)
+        write_random(CONFIGS[options.size](), model, seed=0, device=options.device)
         facts["random_s"] = time.perf_counter() - started
-    print("quantize ...", flush=True)
-    torch.cuda.empty_cache()
-    phases, started = Phases(), time.perf_counter()
+        keep()
+    print(f"quantize ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
     out = options.work / "w4a16"
+    facts |= timed_quantization(options, recipe, model, out)
+    keep()
+    print(f"inspect ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
+    found = inspect_folder(out)
+    facts["inspect"] = {key: value for key, value in found.to_json().items() if key != "modules"}
+    facts["counts_right"] = all(facts["inspect"][key] == value for key, value in EXPECTED[options.size].items())
+    facts["speech"] = {}
+    for name, folder in (("w4a16", out), ("bf16", model)):
+        print(f"speak {name} ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
+        facts["speech"][name] = timed_speech(folder, options.device, options.frames)
+        keep()
+    (options.out / "report.md").write_text(markdown(facts))
+    print(markdown(facts))
+    shutil.rmtree(options.work)
+    return 0 if facts["counts_right"] and not found.faults else 1
+
+
+def timed_quantization(options: argparse.Namespace, recipe: Path, model: Path, out: Path) -> dict[str, Any]:
+    """Do the whole job of `s2quant quantize` and say how long it took, by phase, and what it needed."""
+    from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
+
+    Clock(options.device).reset_peak()
+    phases, started = Phases(), time.perf_counter()
     records = quantize_checkpoint(
         QuantizeOptions(
-            recipe=options.recipe,
+            recipe=recipe,
             model=model,
             out=out,
-            device="cuda",
+            device=options.device,
             num_sequences=options.sequences,
             num_slots=options.slots,
         ),
         phases,
     )
-    facts["quantize_s"] = time.perf_counter() - started
-    facts["phases_s"] = phases.seconds
+    seconds = time.perf_counter() - started
     manifest = json.loads((out / "manifest.json").read_text())
-    for key in ("peak_device_bytes", "peak_calibration_bytes"):
-        facts[key] = manifest[key]
-    facts["calibration"] = manifest["inputs"]["calibration"]
     errors = sorted(record["output_error"] for record in records)
     rtn = sorted(record["output_error_rtn"] for record in records)
-    facts["output_error"] = {"median": errors[len(errors) // 2], "worst": errors[-1], "median_rtn": rtn[len(rtn) // 2]}
-    facts["gptq_seconds"] = sum(record["seconds"] for record in records)
-    facts["hessian_seconds"] = sum(record["hessian_seconds"] for record in records)
-    facts["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = inspect_folder(out)
-    facts["inspect"] = {key: value for key, value in found.to_json().items() if key != "modules"}
-    facts["speech"] = {name: timed_speech(folder, options.frames) for name, folder in (("bf16", model), ("w4a16", out))}
-    facts["counts_right"] = options.model is not None or all(facts["inspect"][k] == v for k, v in EXPECTED.items())
-    (options.out / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (options.out / "report.md").write_text(markdown(facts))
-    print(markdown(facts))
-    shutil.rmtree(options.work)
-    return 0 if facts["counts_right"] and not found.faults else 1
+    return {
+        "quantize_s": seconds,
+        "phases_s": phases.seconds,
+        "peak_device_bytes": manifest["peak_device_bytes"],
+        "peak_calibration_bytes": manifest["peak_calibration_bytes"],
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "calibration": manifest["inputs"]["calibration"],
+        "output_error": {"median": errors[len(errors) // 2], "worst": errors[-1], "median_rtn": rtn[len(rtn) // 2]},
+        "gptq_seconds": sum(record["seconds"] for record in records),
+        "hessian_seconds": sum(record["hessian_seconds"] for record in records),
+    }
+
+
+def gigabytes(num_bytes: int | None) -> str:
+    return "not measured" if num_bytes is None else f"{num_bytes / 1e9:.2f}"
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -176,9 +224,9 @@ def markdown(facts: dict[str, Any]) -> str:
         ("whole job, s", f"{facts['quantize_s']:.1f}"),
         *((f"... {name}, s", f"{seconds:.1f}") for name, seconds in facts["phases_s"].items() if seconds > 0.05),
         ("... of it Hessians / GPTQ, s", f"{facts['hessian_seconds']:.1f} / {facts['gptq_seconds']:.1f}"),
-        ("peak GPU memory while quantizing, GB", f"{facts['peak_device_bytes'] / 1e9:.2f}"),
-        ("peak GPU memory while the bf16 model speaks, GB", f"{(facts['peak_calibration_bytes'] or 0) / 1e9:.2f}"),
-        ("peak host memory, GB", f"{facts['peak_host_bytes'] / 1e9:.1f}"),
+        ("peak GPU memory while quantizing, GB", gigabytes(facts["peak_device_bytes"])),
+        ("peak GPU memory while the bf16 model speaks, GB", gigabytes(facts["peak_calibration_bytes"])),
+        ("peak host memory, GB", gigabytes(facts["peak_host_bytes"])),
         ("output error, median / worst", f"{errors['median']:.4f} / {errors['worst']:.4f}"),
         ("output error of round-to-nearest, median", f"{errors['median_rtn']:.4f}"),
     ]  # fmt: skip
@@ -186,11 +234,12 @@ def markdown(facts: dict[str, Any]) -> str:
         rows.append(
             (f"{name}: eager speech, ms/frame (RTF)", f"{speech['ar_ms_per_frame']:.1f} ({speech['ar_rtf']:.2f})")
         )
-        rows.append((f"{name}: peak GPU memory, GB", f"{speech['peak_device_bytes'] / 1e9:.2f}"))
+        rows.append((f"{name}: peak GPU memory, GB", gigabytes(speech["peak_device_bytes"])))
         rows.append((f"{name}: load, s", f"{speech['load_s']:.1f}"))
         rows.append((f"{name}: sound finite, RMS", f"{speech['audio_is_finite']}, {speech['audio_rms']:.3f}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"# The real size on one GPU\n\nWritten by `tools/gpu_check.py`.\n\n| | |\n|---|---|\n{table}\n"
+    title = f"# The whole job at the size {facts['size']}"
+    return f"{title}\n\nWritten by `tools/gpu_check.py`.\n\n| | |\n|---|---|\n{table}\n"
 
 
 if __name__ == "__main__":
