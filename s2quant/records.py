@@ -140,7 +140,7 @@ class UtteranceRecord:
         error: Why there is no sound, in one sentence; None when there is.
         asr: Transcript and errors.
         sim: Cosines to the voice and to the baseline's clip.
-        failures: Whether it failed, by kind.
+        failures: Whether it failed, by kind; None for a kind that cannot be told.
         duration_ratio: Frames of the clip over those of the baseline's.
         tokens: Token metrics of the baseline's speech as this arm sees it.
     """
@@ -166,7 +166,7 @@ class UtteranceRecord:
     error: str | None = None
     asr: Mapping[str, Any] | None = None
     sim: Mapping[str, Any] | None = None
-    failures: Mapping[str, bool] | None = None
+    failures: Mapping[str, bool | None] | None = None
     duration_ratio: float | None = None
     tokens: Mapping[str, Any] | None = None
 

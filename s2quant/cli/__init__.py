@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. The only package that prints.
 
-Exit status: 0 done; 1 a verification found a fault, or a model said nothing; 2 the input is wrong; 130 interrupted.
+Exit status: 0 done; 1 a verification found a fault, a gate broke, or a model said nothing; 2 the input is wrong;
+130 interrupted.
 Heavy imports happen inside the commands, so that `--help` answers at once.
 Each command is a file here with `add`, which says its words, and a function that carries it out.
 """
@@ -13,10 +14,10 @@ import sys
 from collections.abc import Sequence
 
 from s2quant import __version__
-from s2quant.cli import checkpoints, demo, quantize, speak
+from s2quant.cli import checkpoints, demo, evaluate, quantize, speak
 from s2quant.errors import UserError, VerificationError
 
-COMMANDS = (quantize, checkpoints, speak, demo)  # in the order of the help
+COMMANDS = (quantize, checkpoints, speak, evaluate, demo)  # in the order of the help
 INTERRUPTED = 130
 
 

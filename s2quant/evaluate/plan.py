@@ -15,7 +15,7 @@ from s2quant.records import Arm
 from s2quant.runtime.linears import Backend
 from s2quant.suite import METRICS, Suite, Utterance, load_suite
 
-Key = tuple[str, str, int]
+Key = tuple[Arm, str, int]
 """(arm, utterance id, seed) names a clip."""
 ALIASES = {"sim": "similarity"}
 

@@ -51,7 +51,13 @@ class Arm:
     load: Callable[[], DualAR]
 
 
-def model_key(folder: Path, device: torch.device, dtype: torch.dtype, linears: Backend = "auto") -> str:
+def model_key(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    linears: Backend = "auto",
+    hashes: Mapping[str, str] | None = None,
+) -> str:
     """Hash what a loaded model's numbers depend on: its files, and how and where it runs.
 
     Args:
@@ -59,13 +65,15 @@ def model_key(folder: Path, device: torch.device, dtype: torch.dtype, linears: B
         device: Where it runs.
         dtype: The model's dtype.
         linears: Backend of the quantized linears.
+        hashes: sha256 by file name where they are known already, see `folder_hashes`; files of the real size take a
+            while.
 
     Returns:
         64 hexadecimal digits.
     """
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    files = [path for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))) if path.is_file()]
     facts = {
-        "files": {path.name: sha256_file(path) for path in files if path.is_file()},
+        "files": {path.name: hashes[path.name] if hashes else sha256_file(path) for path in files},
         "device": device_name(device),
         "dtype": str(dtype),
         "linears": linears,
@@ -74,7 +82,13 @@ def model_key(folder: Path, device: torch.device, dtype: torch.dtype, linears: B
     return sha256_text(json.dumps(facts, sort_keys=True))
 
 
-def folder_arm(folder: Path, device: str | torch.device, dtype: torch.dtype, linears: Backend = "auto") -> Arm:
+def folder_arm(
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    linears: Backend = "auto",
+    hashes: Mapping[str, str] | None = None,
+) -> Arm:
     """Make an arm of a checkpoint folder.
 
     Args:
@@ -82,6 +96,7 @@ def folder_arm(folder: Path, device: str | torch.device, dtype: torch.dtype, lin
         device: Where it runs.
         dtype: The model's dtype.
         linears: Backend of the quantized linears.
+        hashes: sha256 by file name where they are known already.
 
     Returns:
         The arm; nothing but hashes has been read yet.
@@ -90,7 +105,8 @@ def folder_arm(folder: Path, device: str | torch.device, dtype: torch.dtype, lin
         UserError: The device cannot be used.
     """
     target = parse_device(device)
-    return Arm(key=model_key(folder, target, dtype, linears), load=lambda: load_model(folder, target, dtype, linears))
+    key = model_key(folder, target, dtype, linears, hashes)
+    return Arm(key=key, load=lambda: load_model(folder, target, dtype, linears))
 
 
 def floor_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -163,7 +179,7 @@ def measure_arms(
             _save(answers[i], teacher_forced(model, sequences[i], residual_size))
             progress("baseline", done, len(wanted))
         del model
-        _release()
+        release_memory()
     for name, rows in missing.items():
         if not rows:
             continue
@@ -172,7 +188,7 @@ def measure_arms(
             token_damage(_load(answers[i]), model, sequences[i], residual_size).save(damages[name][i])
             progress(name, done, len(rows))
         del model
-        _release()
+        release_memory()
     if not keep_answers:
         for path in answers:
             path.unlink(missing_ok=True)
@@ -201,7 +217,7 @@ def _load(path: Path) -> Forced:
         raise UserError(f"{path}: {error}", "answers of the baseline", "remove it: it is made again") from error
 
 
-def _release() -> None:
+def release_memory() -> None:
     """Give the memory of a model that has just been dropped back to the device."""
     gc.collect()
     if torch.cuda.is_available():

@@ -263,7 +263,11 @@ def gate_table(run: Run) -> Table | None:
     rows: list[tuple[Cell, ...]] = []
     for gate in get(run.results, "verdict", "gates") or []:
         name = str(gate.get("name"))
-        unit = units.get(name) or next((units[key] for key in units if str(key).startswith(name)), None)
+        unit = (
+            gate.get("unit")
+            or units.get(name)
+            or next((units[key] for key in units if str(key).startswith(name)), None)
+        )
         result = {True: "passed", False: "broken"}.get(gate.get("passed"))
         figures = [figure(gate.get(key), unit) for key in ("value", "limit")]
         rows.append((name, result, unit_name(unit, True) or "as given", *figures))

@@ -172,9 +172,11 @@ def _tiles(run: Run) -> list[tuple[str, str | None, str]]:
 
 
 def _failed(run: Run, arm: str) -> tuple[int, int] | None:
-    """Count clips with any failure among those that were checked."""
-    known = [record["failures"] for record in run.records if record["arm"] == arm and record.get("failures")]
-    return (sum(any(flags.values()) for flags in known), len(known)) if known else None
+    """Count clips with any failure, or that could not be spoken, among those that were checked."""
+    own = [record for record in run.records if record["arm"] == arm]
+    known = [record for record in own if record.get("failures") or record.get("error")]
+    failed = sum(bool(record.get("error")) or any((record.get("failures") or {}).values()) for record in known)
+    return (failed, len(known)) if known else None
 
 
 def _breakdown_charts(run: Run) -> list[Chart]:
