@@ -1,4 +1,4 @@
-"""Runs on the tiny random checkpoint: small suites, damaged copies, and listeners that know what was spoken undamaged."""
+"""Runs on the tiny random checkpoint: small suites, damaged copies, listeners that know undamaged speech."""
 
 from __future__ import annotations
 
