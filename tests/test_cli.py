@@ -33,6 +33,7 @@ COMMANDS = ("quantize", "random", "speak", "inspect", "export", "eval", "report"
 def process(arguments: Sequence[str], **more: object) -> subprocess.Popen[bytes]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background jobs
     return subprocess.Popen([sys.executable, "-m", "s2quant.cli", *arguments], env=environment, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
@@ -326,6 +327,19 @@ def test_speak_text_from_stdin_that_is_not_utf8(tiny_folder: Path, tmp_path: Pat
         assert b"Traceback" not in done.stderr
         assert b"expected: UTF-8 text" in done.stderr or b"expected: text in valid Unicode" in done.stderr
     assert listing(tmp_path) == set()
+
+
+def test_a_text_that_is_not_spoken_whole_is_told(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sound so far is kept, but nobody takes it for the whole text."""
+    text = " ".join(f"This is sentence number {n}, and it goes on for a while." for n in range(60))
+    words = ["speak", text, "--model", str(tiny_folder), "--out", str(tmp_path / "x.wav"), "--max-frames", "6"]
+    assert main([*words, "--split-sentences", "--seed", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "stopped by full" in printed.out
+    assert "the rest was not spoken" in printed.err
+    assert (tmp_path / "x.wav").exists()
 
 
 # ---- quantize -------------------------------------------------------------------------------------------------------

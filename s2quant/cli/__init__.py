@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. The only package that prints.
 
-Exit status: 0 done; 1 a verification found a fault, a gate broke, or a model said nothing; 2 the input is wrong;
+Exit status: 0 done; 1 a verification found a fault, a gate broke, or a text was not spoken whole; 2 wrong input;
 130 interrupted.
 Heavy imports happen inside the commands, so that `--help` answers at once.
 Each command is a file here with `add`, which says its words, and a function that carries it out.

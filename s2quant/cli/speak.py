@@ -84,4 +84,10 @@ def _speak(options: argparse.Namespace) -> int:
             f"{result['seconds']:.2f} s (RTF {result['rtf']:.2f}), stopped by {result['stop_reason']}",
             file=to,
         )
+    if result["stop_reason"] == "full":
+        print(
+            "s2quant speak: the model's positions were full before the end of the text; the rest was not spoken",
+            file=sys.stderr,
+        )
+        return 1
     return 0
