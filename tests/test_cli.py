@@ -27,7 +27,7 @@ from s2quant.export.verify import inspect_folder
 from s2quant.records import folder_hashes
 
 RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
-COMMANDS = ("quantize", "random", "speak", "inspect", "export", "demo")
+COMMANDS = ("quantize", "random", "speak", "inspect", "export", "compare", "publish", "demo")
 
 
 def process(arguments: Sequence[str], **more: object) -> subprocess.Popen[bytes]:

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from s2quant import __version__
-from s2quant.cli import checkpoints, demo, quantize, speak
+from s2quant.cli import checkpoints, compare, demo, publish, quantize, speak
 from s2quant.errors import UserError, VerificationError
 
-COMMANDS = (quantize, checkpoints, speak, demo)  # in the order of the help
+COMMANDS = (quantize, checkpoints, compare, publish, speak, demo)  # in the order of the help
 INTERRUPTED = 130
 
 

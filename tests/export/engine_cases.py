@@ -86,7 +86,8 @@ rules:
     bits: 8
     group_size: 32
   - keep: text_model.model.layers.17.attention.wqkv
-  - quantize: text_model.model.layers.**
+  - quantize: text_model.model.layers.*.attention.{wqkv,wo}
+  - quantize: text_model.model.layers.*.feed_forward.{w1,w3,w2}
 calibration: {source: none.jsonl}
 """
 

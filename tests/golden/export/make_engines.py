@@ -3,7 +3,7 @@
     python tests/golden/export/make_engines.py --upstream DIR
 
 DIR holds unpacked releases, each in a folder of its own: vllm-0.28.0, vllm-0.30.0, vllm-omni-0.28.0,
-vllm-omni-0.30.0, sglang-0.5.8 and sglang-omni-0.1.9 (`pip download --no-deps NAME==VERSION`, then unzip the wheel;
+vllm-omni-0.30.0 and sglang-0.5.8 (`pip download --no-deps NAME==VERSION`, then unzip the wheel;
 only the Python files are needed) and sglang-omni-pr150, a work tree of https://github.com/sgl-project/sglang-omni at
 8ee127c8f170f3b3a6b87ed94cead3ccd98aa754, the head of pull request 150.
 
@@ -22,7 +22,7 @@ size (shapes only): the text with which it was refused, or
 
 import argparse
 import hashlib
-import importlib
+import importlib.util
 import json
 import sys
 import tempfile
@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "export")]
 import engine_cases as cases  # noqa: E402
-from upstream import Capability, Platform, Pluggable, Shell, ShellModule, Shells, Sized  # noqa: E402
+from upstream import Platform, Pluggable, Shell, Shells, Sized  # noqa: E402
 
 from s2quant.checkpoint.config import S2Config  # noqa: E402
 from s2quant.export.engines import engine_config  # noqa: E402
@@ -119,6 +119,7 @@ def build_vllm(raw):
     slow = importlib.import_module(FISH + "fish_speech_slow_ar")
     settings = importlib.import_module(FISH + "configuration_fish_speech")
     config = settings.FishSpeechConfig(**raw)
+    config.text_config.rope_parameters = {}  # set by a helper of vLLM that transformers' versions differ in
     method = gptq.AutoGPTQConfig.override_quantization_method(config.quantization_config, None)
     assert method == gptq.AutoGPTQConfig.get_name(), method
     quant = gptq.AutoGPTQConfig.from_config(config.quantization_config)
@@ -132,7 +133,12 @@ def build_vllm(raw):
 
 
 def sglang_shells(upstream, version, omni):
-    """The hook for sglang of a version and a sglang-omni."""
+    """The hook for sglang of a version and a sglang-omni; the compiled sgl_kernel has the same scalar types as vLLM."""
+    spec = importlib.util.spec_from_file_location("scalar_type", upstream / "vllm-0.28.0/vllm/scalar_type.py")
+    source = importlib.util.module_from_spec(spec)
+    sys.modules["scalar_type"] = source
+    spec.loader.exec_module(source)
+    scalar_types = source.scalar_types
     given = {
         "sglang.srt.distributed.divide": lambda one, other: one // other,
         "sglang.srt.distributed.get_tensor_model_parallel_rank": lambda: 0,
@@ -146,7 +152,7 @@ def sglang_shells(upstream, version, omni):
         "sglang.srt.utils.set_weight_attrs": set_attributes,
         "sglang_omni.utils.add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
         "sglang_omni.vendor.sglang.utils.make_layers": make_layers,
-        "sgl_kernel.scalar_type": ShellModule("sgl_kernel.scalar_type"),
+        "sgl_kernel.scalar_type.scalar_types": scalar_types,
     }
     real = {
         *(SGLANG_QUANT + name for name in ("base_config", "gptq", "utils", "marlin_utils", "unquant")),
@@ -183,7 +189,7 @@ def outcome(build, raw, tensors, device):
         torch.set_default_dtype(torch.float32)
     wanted = sum(param.numel() for param in model.parameters())
     linears = {
-        layer.prefix or name: layer
+        getattr(layer, "prefix", "") or name: layer  # sglang keeps no prefix
         for name, layer in model.named_modules()
         if hasattr(layer, "quant_method") and not name.startswith("fast_ar")
     }
@@ -235,7 +241,11 @@ def real_folders(profile):
         plan = cases.real_plan(name)
         raw = s2_pro_config() | {"quantization_config": engine_config(profile, config, cases.planned_packings(plan))}
         headers = cases.planned_headers(plan, is_split=profile == "vllm-omni")
-        yield name, raw, {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in headers.items()}
+        yield (
+            name,
+            raw,
+            {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in headers.items()},
+        )
 
 
 def main():
@@ -247,7 +257,6 @@ def main():
         ("vllm-omni", "vllm and vllm-omni 0.28.0", vllm_shells(upstream, "0.28.0"), build_vllm),
         ("vllm-omni", "vllm and vllm-omni 0.30.0", vllm_shells(upstream, "0.30.0"), build_vllm),
         ("sglang-omni", "sglang-omni #150", sglang_shells(upstream, "0.5.8", "sglang-omni-pr150"), build_sglang),
-        ("sglang-omni", "sglang-omni 0.1.9", sglang_shells(upstream, "0.5.8", "sglang-omni-0.1.9"), build_sglang),
     ]
     result = {}
     with tempfile.TemporaryDirectory() as folder:
