@@ -185,7 +185,7 @@ def engine_notes(engine: Engine, quantization: Mapping[str, Any]) -> list[str]:
     if engine == "sglang-omni":
         return [
             "needs sglang-omni with its pull request 150 (and sglang 0.5.8, which that names); released sglang-omni up "
-            "to 0.1.9 skips packed tensors without a word and speaks noise"
+            "to 0.1.9 skips packed tensors without an error and leaves those linears uninitialised"
         ]
     if quantization["desc_act"]:
         return [

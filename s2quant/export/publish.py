@@ -23,6 +23,7 @@ from s2quant.export.card import BASE_MODEL, LICENSE_LINK, LICENSE_NAME, LICENSE_
 from s2quant.files import atomic_folder, check_new, read_json, read_text
 
 RESULTS_VERSION = 1
+_HTTP_ERRORS = HfHubHTTPError.__mro__[:2]  # its base is the HTTP library's own, which huggingface_hub has changed
 START, END = "<!-- s2quant: measured -->", "<!-- s2quant: end of measured -->"
 
 
@@ -93,7 +94,7 @@ def push(upload: Upload, api: HfApi | None = None) -> str:
     try:
         api.create_repo(upload.repo, repo_type="model", exist_ok=True)
         commit = api.upload_folder(repo_id=upload.repo, folder_path=str(upload.folder), repo_type="model")
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+    except (OfflineModeIsEnabled, OSError, *_HTTP_ERRORS) as error:
         raise UserError(
             f"upload to {upload.repo}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error)}",
             "a hub that can be reached and a login that may write there",

@@ -16,7 +16,7 @@ size (shapes only): the text with which it was refused, or
 - dense: the run-time linears of the Slow AR that the engine builds in floating point;
 - packed: how often which bits, group and desc_act occur among the others;
 - skipped: tensors of the folder that no parameter took;
-- unfilled: elements of parameters that no tensor was copied to;
+- unfilled: elements of parameters that no tensor was copied to (tiny sizes only: they still hold a marker);
 - params: sha256 of every Slow AR linear's parameters after loading (tiny sizes only).
 """
 
@@ -48,6 +48,7 @@ VLLM = "vllm.model_executor."
 VLLM_QUANT = VLLM + "layers.quantization."
 FISH = "vllm_omni.model_executor.models.fish_speech."
 SGLANG_QUANT = "sglang.srt.layers.quantization."
+MARKER = -0x5A5A5A5B
 S2PRO = "sglang_omni.models.fishaudio_s2_pro.sglang_model"
 
 
@@ -62,6 +63,13 @@ class Copies(TorchFunctionMode):
         if func is torch.Tensor.copy_:
             self.num_elements += arguments[0].numel()
         return func(*arguments, **(keywords or {}))
+
+
+class Kernel:
+    """Stands for the kernel that would be chosen on a GPU."""
+
+    def __init__(self, *arguments, **keywords):
+        pass
 
 
 def set_attributes(weight, attributes):
@@ -80,6 +88,7 @@ def vllm_shells(upstream, version):
     only = types.SimpleNamespace(is_first_rank=True, is_last_rank=True)
     given = {
         VLLM + "custom_op.PluggableLayer": Pluggable,
+        VLLM + "kernels.linear.choose_mp_linear_kernel": lambda config: Kernel,
         VLLM + "layers.layernorm.RMSNorm": Sized,
         VLLM + "layers.vocab_parallel_embedding.VocabParallelEmbedding": Sized,
         VLLM + "layers.vocab_parallel_embedding.ParallelLMHead": Sized,
@@ -181,13 +190,14 @@ def outcome(build, raw, tensors, device):
         with torch.device(device):
             model, packed_method = build(raw)
             taken, copies = set(), Copies()
+            for param in model.parameters():
+                param.data.fill_(MARKER if param.dtype == torch.int32 else float("nan"))
             with copies:
                 model.load_weights(watched(tensors, taken, copies))
     except (ValueError, AssertionError, KeyError, RuntimeError, AttributeError) as error:
         return {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     finally:
         torch.set_default_dtype(torch.float32)
-    wanted = sum(param.numel() for param in model.parameters())
     linears = {
         getattr(layer, "prefix", "") or name: layer  # sglang keeps no prefix
         for name, layer in model.named_modules()
@@ -202,8 +212,13 @@ def outcome(build, raw, tensors, device):
         "dense": [name for name in linears if name not in packed],
         "packed": dict(sorted(kinds.items())),
         "skipped": sorted(set(tensors) - taken),
-        "unfilled": wanted - copies.num_elements,
-    } | ({"params": hashes(model)} if device == "cpu" else {})
+    } | ({"unfilled": unfilled(model), "params": hashes(model)} if device == "cpu" else {})
+
+
+def unfilled(model):
+    """Count elements that still hold the marker."""
+    marks = [(p == MARKER) if p.dtype == torch.int32 else p.isnan() for p in model.parameters()]
+    return int(sum(mark.sum() for mark in marks))
 
 
 def watched(tensors, taken, copies):

@@ -52,6 +52,12 @@ class Shell(metaclass=AnyType):
     def __bool__(self):
         return False
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
 
 def shell(name):
     return AnyType(name, (Shell,), {})
