@@ -27,7 +27,9 @@ from s2quant.export.verify import inspect_folder
 from s2quant.records import folder_hashes
 
 RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
-COMMANDS = ("quantize", "random", "speak", "inspect", "export", "eval", "report", "demo")
+COMMANDS = (
+    "quantize", "random", "speak", "inspect", "export", "eval", "report", "bench", "compare", "publish", "demo",
+)  # fmt: skip
 
 
 def process(arguments: Sequence[str], **more: object) -> subprocess.Popen[bytes]:

@@ -44,8 +44,9 @@ def _add_export(commands: Any) -> None:
     command = commands.add_parser("export", help="write a checkpoint in the layout of an engine")
     command.set_defaults(run=_export)
     command.add_argument("model", type=Path, metavar="DIR", help="a checkpoint folder")
-    command.add_argument("--profile", required=True, choices=("native", "bf16"), help="native: as the release; "
-                         "bf16: dequantized, for engines that load no GPTQ")  # fmt: skip
+    command.add_argument("--profile", required=True, choices=("native", "bf16", "vllm-omni", "sglang-omni"),
+                         help="native: as the release; bf16: dequantized, for engines that load no GPTQ; "
+                         "vllm-omni, sglang-omni: packed, as these engines load it (docs/serving.md)")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     add_quiet(command)
 
@@ -91,6 +92,6 @@ def _export(options: argparse.Namespace) -> int:
 
     with progress(options.quiet) as report:
         report(f"exporting {options.profile}", 0, 1)
-        export_checkpoint(options.model, options.out, options.profile)
-    print(f"{options.out}: profile {options.profile}, verified")
+        notes = export_checkpoint(options.model, options.out, options.profile)
+    print("\n".join([f"{options.out}: profile {options.profile}, verified", *notes]))
     return 0

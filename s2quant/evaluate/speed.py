@@ -1,25 +1,53 @@
-"""How fast checkpoints speak, side by side: arms take turns and speak the same number of frames.
+"""How fast checkpoints speak, side by side: the one timing code behind `s2quant bench` and the evaluation.
 
-Every arm speaks `num_frames` (`Request.ignore_end`): one that stops early must not look fast. The first round of each
-batch size is warm-up, reported and left out; the device is waited for at both ends of every stretch. Times are medians
-over the repeats. Voices are not encoded here, so there is no figure for that stage.
+All arms are loaded together and take turns (A, B, A, B; then B, A, ...), so that a clock or a temperature that drifts
+meets all alike. Every arm speaks the same number of frames (`Request.ignore_end`): a checkpoint that stops early must
+not look fast. The first round of each batch size is warm-up, reported and left out. The device is waited for at both
+ends of every stretch of time.
+
+Definitions: `ms_per_frame` is the time between the frames that all utterances make together, the first frame left out;
+`rtf` is the time of prefill, frames and codec over the sound of one utterance; `ar_rtf` the same without the codec;
+`audio_s_per_s` is the sound of all utterances over the same time as `rtf`. Times are medians over the repeats.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2quant.errors import UserError
+from s2quant.errors import UserError, shorten_list
 from s2quant.runtime.engine import Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
-from s2quant.runtime.speech import Request
+from s2quant.runtime.speech import Request, Speech
+
+SPEED_VERSION = 1
+REFERENCE_S = 10.0  # seconds of sound in the recording that is encoded
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(kw_only=True)
+class _Arm:
+    """One checkpoint being timed."""
+
+    name: str
+    folder: Path
+    engine: Engine
+    load_s: float
+    loaded_bytes: int | None
+    warmup_s: float = 0.0
+    samples: dict[int, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    encode_s: list[float] = field(default_factory=list)
+    first_audio_s: list[float] = field(default_factory=list)
+    peak_bytes: dict[int, int | None] = field(default_factory=dict)
+    reserved_bytes: dict[int, int | None] = field(default_factory=dict)
 
 
 def measure_speed(
@@ -32,11 +60,12 @@ def measure_speed(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     linears: Backend = "auto",
+    progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Time checkpoints under the same conditions; all are in memory together.
+    """Time one or more checkpoints under the same conditions.
 
     Args:
-        folders: Name of the arm -> checkpoint folder.
+        folders: Name of the arm -> checkpoint folder; the first is what ratios are taken against.
         text: What every utterance says.
         num_frames: Frames per utterance, 2 or more.
         repeats: Timed rounds per batch size.
@@ -44,90 +73,207 @@ def measure_speed(
         device: Where to run.
         dtype: The models' dtype.
         linears: Backend of the quantized linears.
+        progress: Told the phase, the rounds done and their total.
 
     Returns:
-        device, num_frames, repeats, warmup_s, and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame
-        (time of prefill and frames over the frames of one utterance), rtf (with the codec, over the sound of one
-        utterance), first_audio_s (of one stream; None in other rows), frames_per_s, audio_s_per_s,
-        peak_device_bytes (of the arm that runs, with all arms' weights; None on a CPU), stages_s (ar, codec).
+        version, device, dtype, text, num_frames, repeats, warmup_s (of all arms), `arms` (per name: folder_bytes,
+        load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm: concurrency, arm,
+        ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
+        peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
+        median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
+        that of one stream alone and None in the rows of other batch sizes.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
     """
-    if num_frames < 2 or repeats < 1 or not batch_sizes or min(batch_sizes) < 1:
-        raise UserError(
-            f"{num_frames} frames, {repeats} repeats, batch sizes {list(batch_sizes)}",
-            "2 frames or more, and positive numbers",
-            "correct them",
-        )
-    target, slots = parse_device(device), max(batch_sizes)
-    engines = {name: load_engine(folder, target, dtype, linears, slots) for name, folder in folders.items()}
-    rows, warmup_s = [], 0.0
-    for size in batch_sizes:
-        requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(size)]
-        rounds: dict[str, list[dict[str, float | None]]] = {name: [] for name in engines}
+    target = _checked(folders, num_frames, repeats, batch_sizes, device)
+    arms = [_load(name, folder, target, dtype, linears, max(batch_sizes)) for name, folder in folders.items()]
+    requests = [
+        Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(max(batch_sizes))
+    ]
+    for arm in arms:
+        arm.engine.prepare(requests[0])
+    total, done = len(batch_sizes) * (1 + repeats) * len(arms), 0
+    for batch_size in batch_sizes:
         for turn in range(1 + repeats):  # turn 0 is the warm-up
-            for name in list(engines)[:: 1 if turn % 2 else -1]:
-                found = _round(engines[name], requests)
-                if turn:
-                    rounds[name].append(found)
-                else:
-                    warmup_s += sum(found[stage] or 0.0 for stage in ("ar", "codec"))
-        rows += [_row(name, size, num_frames, engines[name], rounds[name]) for name in engines]
+            for arm in arms if turn % 2 else reversed(arms):
+                progress(f"{arm.name}, batch {batch_size}", done, total)
+                _round(arm, requests[:batch_size], arms, timed=turn > 0)
+                done += 1
     return {
+        "version": SPEED_VERSION,
         "device": device_name(target),
+        "dtype": str(dtype).removeprefix("torch."),
+        "text": text,
         "num_frames": num_frames,
         "repeats": repeats,
-        "warmup_s": warmup_s,
-        "rows": rows,
+        "warmup_s": sum(arm.warmup_s for arm in arms),
+        "arms": {arm.name: _facts(arm) for arm in arms},
+        "rows": [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms],
     }
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _checked(
+    folders: Mapping[str, Path], num_frames: int, repeats: int, batch_sizes: Sequence[int], device: str | torch.device
+) -> torch.device:
+    faults = [] if folders else ["no checkpoint"]
+    if num_frames < 2:
+        faults.append(f"num_frames is {num_frames}, not 2 or more")
+    if repeats < 1:
+        faults.append(f"repeats is {repeats}, not positive")
+    if not batch_sizes or min(batch_sizes) < 1:
+        faults.append(f"batch sizes are {list(batch_sizes)}, not all positive")
+    if len(set(batch_sizes)) < len(batch_sizes):
+        faults.append(f"batch sizes are {list(batch_sizes)}, one of them twice")
+    if faults:
+        raise UserError(shorten_list(faults), "something to be timed", "correct the numbers")
+    return parse_device(device)
 
 
-def _round(engine: Engine, requests: Sequence[Request]) -> dict[str, float | None]:
-    """Speak and decode all requests once; of one request also stream it."""
-    device = engine.device
+def _load(name: str, folder: Path, device: torch.device, dtype: torch.dtype, linears: Backend, num_slots: int) -> _Arm:
+    before = _allocated(device)
+    started = time.perf_counter()
+    engine = load_engine(folder, device, dtype, linears, num_slots=num_slots)
+    _wait(device)
+    load_s = time.perf_counter() - started
+    after = _allocated(device)
+    loaded = None if after is None or before is None else after - before
+    return _Arm(name=name, folder=folder, engine=engine, load_s=load_s, loaded_bytes=loaded)
+
+
+def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: bool) -> None:
+    """Take every measure of one arm at one batch size once."""
+    device, batch_size = arm.engine.device, len(requests)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    started = _now(device)
-    speeches = list(engine.generate(requests))
-    spoken = _now(device)
+    began = time.perf_counter()
+    prefill_s, ar_s, speeches = _speak(arm.engine, requests)
+    codec_s = _seconds(device, lambda: [arm.engine.decode(speech.codes) for speech in speeches])
+    encode_s = first_s = None
+    if batch_size == 1:
+        encode_s = _seconds(device, lambda: _encode(arm.engine))
+        first_s = _first_audio(arm.engine, requests[0])
+    if not timed:
+        arm.warmup_s += time.perf_counter() - began
+        return
+    for key, value in (("prefill_s", prefill_s), ("ar_s", ar_s), ("codec_s", codec_s)):
+        arm.samples[batch_size][key].append(value)
+    if encode_s is not None and first_s is not None:
+        arm.encode_s.append(encode_s)
+        arm.first_audio_s.append(first_s)
+    _keep_peak(arm, batch_size, arms)
+
+
+def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, list[Speech]]:
+    """Speak all requests together: seconds until each has its first frame, seconds of the frames after, speeches."""
+    waiting = set(range(len(requests)))
+    speeches: list[Speech] = []
+    _wait(engine.device)
+    started = first = time.perf_counter()
+    for event in engine.events(requests):
+        if isinstance(event, Speech):
+            speeches.append(event)
+        elif event[0] in waiting:
+            waiting.remove(event[0])
+            first = time.perf_counter()
+    _wait(engine.device)
+    ended = time.perf_counter()
     for speech in speeches:
-        engine.decode(speech.codes)
-    found: dict[str, float | None] = {"ar": spoken - started, "codec": _now(device) - spoken, "first": None}
-    found["bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    if len(requests) == 1:
-        started = _now(device)
-        next(chunk for chunk, _ in engine.stream_request(requests[0]) if len(chunk))
-        found["first"] = _now(device) - started
-    return found
+        wanted = requests[speech.index].max_frames
+        if speech.codes.shape[1] != wanted:
+            raise UserError(
+                f"a text that leaves room for {speech.codes.shape[1]} frames",
+                f"room for {wanted}",
+                "time a shorter text or fewer frames",
+            )
+    return first - started, ended - first, speeches
 
 
-def _row(
-    name: str, size: int, num_frames: int, engine: Engine, rounds: Sequence[Mapping[str, float | None]]
-) -> dict[str, Any]:
-    def median(key: str) -> float | None:
-        values = [one[key] for one in rounds]
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
+def _encode(engine: Engine) -> None:
+    """Encode a recording of noise: the time does not depend on what is in it."""
+    codec = engine.codec
+    assert codec is not None
+    num_samples = int(REFERENCE_S * codec.sample_rate)
+    noise = torch.randn(1, 1, num_samples, generator=torch.Generator().manual_seed(0)) * 0.1
+    codec.encode(noise.to(codec.device))
 
-    assert engine.codec is not None
-    ar, codec = median("ar") or 0.0, median("codec") or 0.0
-    audio_s = engine.decode(torch.zeros(engine.config.num_codebooks, num_frames, dtype=torch.int64)).shape[0]
-    seconds = audio_s / engine.codec.sample_rate
+
+def _first_audio(engine: Engine, request: Request) -> float:
+    _wait(engine.device)
+    started = time.perf_counter()
+    chunks = engine.stream_request(request)
+    next(chunk for chunk, _ in chunks if len(chunk))  # on the CPU: nothing to wait for
+    seconds = time.perf_counter() - started
+    chunks.close()
+    return seconds
+
+
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allocated(device: torch.device) -> int | None:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _keep_peak(arm: _Arm, batch_size: int, arms: Sequence[_Arm]) -> None:
+    """Note the most memory of this arm: what the other arms have loaded is not counted."""
+    device = arm.engine.device
+    if device.type != "cuda":
+        arm.peak_bytes[batch_size] = arm.reserved_bytes[batch_size] = None
+        return
+    others = sum(other.loaded_bytes or 0 for other in arms if other is not arm)
+    peak = torch.cuda.max_memory_allocated(device) - others
+    arm.peak_bytes[batch_size] = max(peak, arm.peak_bytes.get(batch_size) or 0)
+    arm.reserved_bytes[batch_size] = torch.cuda.max_memory_reserved(device)
+
+
+def _facts(arm: _Arm) -> dict[str, Any]:
+    backends = {module.backend for module in arm.engine.model.modules() if hasattr(module, "backend")}
     return {
-        "arm": name,
-        "concurrency": size,
-        "ms_per_frame": 1000 * ar / num_frames,
-        "rtf": (ar + codec) / seconds,
-        "first_audio_s": median("first"),
-        "frames_per_s": size * num_frames / ar,
-        "audio_s_per_s": size * seconds / (ar + codec),
-        "peak_device_bytes": median("bytes"),
-        "stages_s": {"ar": ar, "codec": codec},
+        "folder_bytes": sum(path.stat().st_size for path in arm.folder.rglob("*") if path.is_file()),
+        "load_s": arm.load_s,
+        "loaded_bytes": arm.loaded_bytes,
+        "warmup_s": arm.warmup_s,
+        "backends": sorted(backends),
+    }
+
+
+def _row(arm: _Arm, batch_size: int, first: _Arm, num_frames: int) -> dict[str, Any]:
+    codec = arm.engine.codec
+    assert codec is not None
+    samples = {key: list(values) for key, values in arm.samples[batch_size].items()}
+    prefill_s, ar_s, codec_s = (statistics.median(samples[key]) for key in ("prefill_s", "ar_s", "codec_s"))
+    audio_s = num_frames * codec.frame_size / codec.sample_rate
+    whole_s = prefill_s + ar_s + codec_s
+    pairs = zip(samples["ar_s"], first.samples[batch_size]["ar_s"], strict=True)
+    alone = batch_size == 1
+    return {
+        "concurrency": batch_size,
+        "arm": arm.name,
+        "ms_per_frame": 1e3 * ar_s / (num_frames - 1),
+        "rtf": whole_s / audio_s,
+        "ar_rtf": (prefill_s + ar_s) / audio_s,
+        "first_audio_s": statistics.median(arm.first_audio_s) if alone else None,
+        "frames_per_s": batch_size * (num_frames - 1) / ar_s,
+        "audio_s_per_s": batch_size * audio_s / whole_s,
+        "peak_device_bytes": arm.peak_bytes[batch_size],
+        "peak_reserved_bytes": arm.reserved_bytes[batch_size],
+        "stages_s": {
+            "encode": statistics.median(arm.encode_s) if alone else None,
+            "prefill": prefill_s,
+            "ar": ar_s,
+            "codec": codec_s,
+        },
+        "ratio": statistics.median(mine / its for mine, its in pairs),
+        "samples": samples,
     }

@@ -3,120 +3,141 @@
 - native: the release's own layout, rewritten from the tensors (v1 zeros, float16 scales, natural order).
 - bf16: every quantized linear dequantized to bfloat16 under its original name, so that any engine that speaks the
   original can speak the quantized weights. This is for listening; it saves no memory.
+- vllm-omni: a packed wqkv of the Slow AR is split into q, k and v, and the configuration speaks of vLLM's run-time
+  names. s2quant itself does not read this layout.
+- sglang-omni: the native tensors, and a configuration that also speaks of its fused gate and up.
+
+Whatever the profile, the folder is opened again and every module compared with the source.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from s2quant.checkpoint.layout import expected_tensors
-from s2quant.checkpoint.reader import Checkpoint, open_checkpoint, scan
+from s2quant.checkpoint.reader import PACKED, Checkpoint, Module, open_checkpoint, scan
 from s2quant.checkpoint.writer import ShardWriter, carry_files, check_carried
 from s2quant.errors import UserError, VerificationError
 from s2quant.export.card import LICENSE_NOTICE
 from s2quant.export.config_files import describe_modules, merged_config
+from s2quant.export.engines import ENGINES, engine_config, engine_notes, read_packings, split_names
+from s2quant.export.tensors import Convert, dequantized, is_split, packed, split
 from s2quant.export.verify import carried_faults
 from s2quant.files import atomic_folder, check_new, read_json, write_json
-from s2quant.packing import QuantizedWeight, pack
+from s2quant.packing import QuantizedWeight, unpack
 from s2quant.records import folder_hashes, manifest
 
-Profile = Literal["native", "bf16"]
+Profile = Literal["native", "bf16", "vllm-omni", "sglang-omni"]
 
 
-def export_checkpoint(model: Path, out: Path, profile: Profile) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A profile.
+
+    Args:
+        convert: What becomes of a packed module.
+        what: One sentence about it.
+    """
+
+    convert: Convert
+    what: str
+
+
+PROFILES: Mapping[str, Layout] = {
+    "native": Layout(convert=packed, what="GPTQ-packed, in the layout of the original checkpoint."),
+    "bf16": Layout(
+        convert=dequantized,
+        what="Dequantized to bfloat16 under the original names, so that any engine of the original can load it.",
+    ),
+    "vllm-omni": Layout(convert=split, what="GPTQ-packed, q, k and v apart, as vllm-omni loads it."),
+    "sglang-omni": Layout(convert=packed, what="GPTQ-packed under the original names, as sglang-omni loads it."),
+}
+
+
+def export_checkpoint(model: Path, out: Path, profile: Profile) -> list[str]:
     """Write a checkpoint folder in a profile, then open it again and compare every module.
 
     Args:
         model: A sound checkpoint folder.
         out: The folder to make.
-        profile: "native" or "bf16".
+        profile: A key of PROFILES.
+
+    Returns:
+        What the user should know of the engine; sentences.
 
     Raises:
-        UserError: The folder cannot be used, or the profile is unknown.
+        UserError: The folder cannot be used, the profile is unknown, or its engine cannot load such a checkpoint.
         VerificationError: A module read back differs.
     """
-    if profile not in _PROFILES:
-        raise UserError(f"profile {profile!r}", f"one of {', '.join(_PROFILES)}", "name one of these")
+    if profile not in PROFILES:
+        raise UserError(f"profile {profile!r}", f"one of {', '.join(PROFILES)}", "name one of these")
     check_new(out)
     checkpoint = open_checkpoint(model)
     check_carried(model)
-    convert = _PROFILES[profile]
-    quantization = _quantization(checkpoint) if profile == "native" and checkpoint.is_quantized else None
+    quantization = _quantization(checkpoint, profile)
+    notes = engine_notes(profile, quantization or {}) if profile in ENGINES else []
     with atomic_folder(out) as folder:
         writer = ShardWriter(folder)
-        for name, tensor in _tensors(checkpoint, convert):
+        for name, tensor in _tensors(checkpoint, PROFILES[profile].convert):
             writer.add(name, tensor)
         writer.finish()
         carry_files(model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         if quantization is not None:
             write_json(folder / "quantize_config.json", quantization)
-        (folder / "README.md").write_text(_readme(model.name, profile), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(model.name, profile, notes), encoding="utf-8")
         record = manifest("export", {"model": folder_hashes(model)}, "cpu", None, profile=profile)
         write_json(folder / "manifest.json", record | {"files_sha256": folder_hashes(folder)})
-        _verify(folder, checkpoint, convert is _dequantized)
+        _verify(folder, checkpoint, profile)
+    return notes
 
 
-def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
+def _quantization(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any] | None:
     """Take over the quantization_config, or make one from the tensors; the format is the one written here."""
     known = checkpoint.config.raw.get("quantization_config")
     path = checkpoint.folder / "quantize_config.json"
+    if profile == "vllm-omni" or profile == "sglang-omni":
+        made = engine_config(profile, checkpoint.config, read_packings(checkpoint))
+        return made | ({"meta": known["meta"]} if isinstance(known, dict) and "meta" in known else {})
+    if profile == "bf16" or not checkpoint.is_quantized:
+        return None
     if not isinstance(known, dict):
         known = read_json(path) if path.is_file() else describe_modules(checkpoint.iter_modules())
     return known | {"format": "gptq", "checkpoint_format": "gptq"}
 
 
-def _packed(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    half = weight if weight.scales.dtype == torch.float16 else _half_scales(module, weight)
-    return {f"{module}.{part}": tensor for part, tensor in pack(half).items()}
-
-
-def _half_scales(module: str, weight: QuantizedWeight) -> QuantizedWeight:
-    """Store bf16 scales as float16 where nothing is lost; otherwise keep them, both are 16 bits."""
-    half = weight.scales.to(torch.float16)
-    return (
-        dataclasses.replace(weight, scales=half)
-        if bool((half.to(weight.scales.dtype) == weight.scales).all())
-        else weight
-    )
-
-
-def _dequantized(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    return {f"{module}.weight": weight.dequantize(torch.bfloat16)}
-
-
-_PROFILES: dict[str, Callable[[str, QuantizedWeight], dict[str, Tensor]]] = {"native": _packed, "bf16": _dequantized}
-
-
-def _tensors(
-    checkpoint: Checkpoint, convert: Callable[[str, QuantizedWeight], dict[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(checkpoint: Checkpoint, convert: Convert) -> Iterator[tuple[str, Tensor]]:
     for spec in expected_tensors(checkpoint.config).values():
         if spec.name in checkpoint.entries:
             yield spec.name, checkpoint.tensor(spec.name)
             continue
         weight = checkpoint.weight(spec.module)
         assert isinstance(weight, QuantizedWeight)
-        yield from convert(spec.module, weight).items()
+        yield from convert(spec.module, weight, checkpoint.config).items()
 
 
-def _verify(folder: Path, source: Checkpoint, dequantized: bool) -> None:
+def _verify(folder: Path, source: Checkpoint, profile: Profile) -> None:
     """Open the folder just written and compare it with the source: all values, counts, bytes, files carried over."""
+    if profile == "vllm-omni":
+        _verify_split(folder, source)
+        return
     found = scan(folder)
     if found.faults:
         raise VerificationError(str(folder), found.faults)
     written = Checkpoint(found)
     faults = carried_faults(folder, source.folder)
+    is_dense = profile == "bf16"
     for name, module in source.modules.items():
-        packed = module.bits is not None
-        expected = source.dense(name, dtype=torch.bfloat16 if packed and dequantized else torch.float32)
+        is_packed = module.bits is not None
+        expected = source.dense(name, dtype=torch.bfloat16 if is_packed and is_dense else torch.float32)
         try:
             same = torch.equal(written.dense(name, dtype=torch.float32), expected.float())
         except UserError as error:
@@ -125,8 +146,8 @@ def _verify(folder: Path, source: Checkpoint, dequantized: bool) -> None:
         if not same:
             faults.append(f"{name}: the exported weight differs")
         now = written.modules[name]
-        if dequantized:
-            num_bytes = math.prod(module.shape) * 2 if packed else module.num_bytes
+        if is_dense:
+            num_bytes = math.prod(module.shape) * 2 if is_packed else module.num_bytes
             good = (now.bits, now.num_bytes) == (None, num_bytes)
         else:
             good = (now.bits, now.group_size, now.num_bytes) == (module.bits, module.group_size, module.num_bytes)
@@ -136,9 +157,48 @@ def _verify(folder: Path, source: Checkpoint, dequantized: bool) -> None:
         raise VerificationError(str(folder), faults)
 
 
-def _readme(name: str, profile: str) -> str:
-    what = {
-        "native": "GPTQ-packed, in the layout of the original checkpoint.",
-        "bf16": "Dequantized to bfloat16 under the original names, so that any engine of the original can load it.",
-    }[profile]
-    return f"# {name}, profile {profile}\n\n{what}\n\nExported by s2quant.\n\n{LICENSE_NOTICE}\n"
+def _verify_split(folder: Path, source: Checkpoint) -> None:
+    """Compare a folder whose wqkv are taken apart; the parts dequantized and put together are the source's weight."""
+    entries = scan(folder).entries  # the layout is not the original's, so the scan's faults say nothing
+    shards = {entry.file: safe_open(folder / entry.file, framework="pt") for entry in entries.values()}
+    faults = carried_faults(folder, source.folder)
+    left = set(entries)
+    for name, module in source.modules.items():
+        names = split_names(name) if module.bits is not None and is_split(name) else [name]
+        if module.bits is None:
+            keys = {name: [name if module.kind == "bias" else f"{name}.weight"]}
+        else:
+            keys = {one: [f"{one}.{part}" for part in PACKED] for one in names}
+        wanted = [key for some in keys.values() for key in some]
+        left -= set(wanted)
+        absent = [key for key in wanted if key not in entries]
+        if absent:
+            faults += [f"{key} is missing" for key in absent]
+            continue
+        tensors = {one: [shards[entries[key].file].get_tensor(key) for key in some] for one, some in keys.items()}
+        try:
+            parts = [_dense(module, one, some) for one, some in tensors.items()]
+        except UserError as error:
+            faults.append(error.got)
+            continue
+        if not torch.equal(torch.cat(parts), source.dense(name, dtype=torch.float32)):
+            faults.append(f"{name}: the exported weight differs")
+    faults += [f"{name} is left over" for name in sorted(left)]
+    if faults:
+        raise VerificationError(str(folder), faults)
+
+
+def _dense(module: Module, name: str, tensors: list[Tensor]) -> Tensor:
+    """Give the float32 weight of a part of a module, read from its tensors."""
+    if module.bits is None or module.group_size is None:
+        return tensors[0].float()
+    packed_part = dict(zip(PACKED, tensors, strict=True))
+    weight = unpack(packed_part, bits=module.bits, group_size=module.group_size, checkpoint_format="gptq", name=name)
+    return weight.dequantize(torch.float32)
+
+
+def _readme(name: str, profile: str, notes: list[str]) -> str:
+    said = "".join(f"It {note}.\n\n" for note in notes)
+    return (
+        f"# {name}, profile {profile}\n\n{PROFILES[profile].what}\n\n{said}Exported by s2quant.\n\n{LICENSE_NOTICE}\n"
+    )

@@ -149,10 +149,20 @@ class Engine:
         Raises:
             UserError: A request cannot be spoken; raised before any is.
         """
-        return (event for event in self._events(requests) if isinstance(event, Speech))
+        return (event for event in self.events(requests) if isinstance(event, Speech))
 
-    def _events(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Check all requests; give every frame, and every speech as it ends."""
+    def events(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Speak many requests, several at a time, and give every frame.
+
+        Args:
+            requests: What to speak.
+
+        Returns:
+            Each frame, with its request's index, as it is known, and each speech as it ends; made while asked for.
+
+        Raises:
+            UserError: A request cannot be spoken; raised before any is.
+        """
         batches = [self.prepare(request) for request in requests]
         decoder = Decoder(self.model, min(self.num_slots, len(requests)), 0, self.residual_size)
         return Slots(decoder, requests, batches, self._prompt).run()
@@ -212,7 +222,7 @@ class Engine:
         Raises:
             UserError: The request cannot be spoken, or the engine has no codec.
         """
-        return self._chunks(CodecStream(self._need_codec()), self._events([request]))
+        return self._chunks(CodecStream(self._need_codec()), self.events([request]))
 
     @staticmethod
     def _chunks(stream: CodecStream, events: Iterator[Event]) -> Iterator[tuple[Tensor, Speech | None]]:

@@ -289,7 +289,7 @@ def test_frames_come_in_order_and_before_their_speech(prompt_engine):
     engine = prompt_engine("shared", num_slots=3)
     frames = {index: [] for index in range(len(MIXED))}
     ended = {}
-    for event in engine._events(MIXED):
+    for event in engine.events(MIXED):
         if isinstance(event, Speech):
             ended[event.index] = event
             continue

@@ -1,0 +1,82 @@
+"""`s2quant bench`: how fast checkpoints speak, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from s2quant.cli.common import add_quiet, progress
+from s2quant.errors import UserError
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    command = commands.add_parser("bench", help="time checkpoints side by side")
+    command.set_defaults(run=_bench)
+    command.add_argument(
+        "--model", type=Path, action="append", required=True, metavar="DIR",
+        help="a checkpoint folder; repeatable, the first is what the others are compared with",
+    )  # fmt: skip
+    command.add_argument("--batch", default="1", metavar="1,8,32", help="utterances at a time")
+    command.add_argument("--frames", type=int, default=200, metavar="N", help="frames (46 ms) per utterance")
+    command.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds; one more is warm-up")
+    command.add_argument("--text", default=TEXT, help="what every utterance says")
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
+    command.add_argument("--linears", choices=("auto", "reference", "int4"), default="auto", help="quantized linears")
+    command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    add_quiet(command)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from s2quant.evaluate.speed import measure_speed
+    from s2quant.files import atomic_folder, check_new, write_json
+    from s2quant.records import manifest
+    from s2quant.report.bench import bench_svg, bench_table
+    from s2quant.runtime.speak import DTYPES
+
+    if options.out is not None:
+        check_new(options.out)
+    with progress(options.quiet) as report:
+        result = measure_speed(
+            _arms(options.model),
+            text=options.text,
+            num_frames=options.frames,
+            repeats=options.repeats,
+            batch_sizes=_batch_sizes(options.batch),
+            device=options.device,
+            dtype=DTYPES[options.dtype],
+            linears=options.linears,
+            progress=report,
+        )
+    if options.out is not None:
+        facts = manifest("bench", {"models": [str(path) for path in options.model]}, result["device"], None)
+        with atomic_folder(options.out) as folder:
+            write_json(folder / "bench.json", result)
+            write_json(folder / "manifest.json", facts)
+            (folder / "bench.md").write_text(bench_table(result), encoding="utf-8")
+            (folder / "bench.svg").write_text(bench_svg(result), encoding="utf-8")
+    print(json.dumps(result) if options.json else bench_table(result), end="" if not options.json else "\n")
+    return 0
+
+
+def _arms(folders: list[Path]) -> dict[str, Path]:
+    """Name the arms: the folders' own names, or their paths where those are not unique."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model {' --model '.join(names)}", "every folder once", "name each checkpoint once")
+    return dict(zip(names, folders, strict=True))
+
+
+def _batch_sizes(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--batch {text!r}", "numbers with commas between them", "for example --batch 1,8") from error

@@ -1,0 +1,114 @@
+"""The result of `s2quant bench` for a reader: a table in words, and a plot that needs nothing but a browser.
+
+Only reads the object that `s2quant.evaluate.speed.measure_speed` gives (and that bench.json holds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+from s2quant.report.charts import WIDTH, Chart, Series, columns
+
+_STYLE = (
+    "text{font:11px sans-serif}.title{font-weight:bold}.grid{stroke:#ddd}.axis{stroke:#444}"
+    ".arm0{fill:#7a8ca3}.arm1{fill:#d2691e}.arm2{fill:#2e8b57}.arm3{fill:#6a5acd}"
+)
+_COLUMNS = (
+    ("batch", "concurrency", "{:d}"),
+    ("arm", "arm", "{}"),
+    ("ms/frame", "ms_per_frame", "{:.2f}"),
+    ("AR RTF", "ar_rtf", "{:.3f}"),
+    ("RTF", "rtf", "{:.3f}"),
+    ("frames/s", "frames_per_s", "{:.1f}"),
+    ("audio s/s", "audio_s_per_s", "{:.2f}"),
+    ("first audio s", "first_audio_s", "{:.3f}"),
+    ("peak GB", "peak_device_bytes", "{:.2f}"),
+    ("time/first arm", "ratio", "{:.3f}"),
+)
+
+
+def bench_table(result: Mapping[str, Any]) -> str:
+    """Put timings into a Markdown table, one row per batch size and arm.
+
+    Args:
+        result: What `measure_speed` gave.
+
+    Returns:
+        The table, with a line above it that says on what it was measured.
+    """
+    rows = [[_cell(row, key, form) for _, key, form in _COLUMNS] for row in result["rows"]]
+    head = [title for title, _, _ in _COLUMNS]
+    about = (
+        f"{result['device']}, {result['dtype']}, {result['num_frames']} frames, medians of {result['repeats']} "
+        f"rounds, warm-up of {result['warmup_s']:.1f} s left out"
+    )
+    return f"{about}\n\n{markdown_table(head, rows)}\n"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align a Markdown table so that it reads well in a terminal too.
+
+    Args:
+        head: Titles.
+        rows: Cells.
+
+    Returns:
+        The lines, without a newline at the end.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row[key]
+    if value is None:
+        return "-"
+    return form.format(value / 1e9 if key.endswith("_bytes") else value)
+
+
+def bench_svg(result: Mapping[str, Any]) -> str:
+    """Draw ms per frame over batch sizes, one bar per arm.
+
+    Args:
+        result: What `measure_speed` gave.
+
+    Returns:
+        A whole SVG file.
+    """
+    sizes = list(dict.fromkeys(row["concurrency"] for row in result["rows"]))
+    arms = list(dict.fromkeys(row["arm"] for row in result["rows"]))
+    value = {(row["concurrency"], row["arm"]): row["ms_per_frame"] for row in result["rows"]}
+    series = [
+        Series(name=arm, style=f"arm{place % 4}", shape="bar", values=[value[size, arm] for size in sizes])
+        for place, arm in enumerate(arms)
+    ]
+    chart = columns(
+        "Milliseconds per frame by batch size", str(result["device"]), [str(size) for size in sizes], series
+    )
+    assert chart is not None
+    return _standalone(chart)
+
+
+def _standalone(chart: Chart) -> str:
+    """Write a chart as a file of its own, with title, legend and colours in it."""
+    top = 34 + 14 * len(chart.legend)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-top} {WIDTH:g} {chart.height + top:g}" role="img">',
+        f"<title>{escape(chart.title)}</title><style>{_STYLE}</style>",
+        f'<text class="title" x="4" y="{16 - top}">{escape(chart.title)}</text>',
+        f'<text x="4" y="{30 - top}">{escape(chart.caption)}</text>',
+    ]
+    for place, (style, name) in enumerate(chart.legend):
+        y = 44 - top + 14 * place
+        lines.append(f'<rect class="{style}" x="4" y="{y - 9}" width="10" height="10"/>')
+        lines.append(f'<text x="18" y="{y}">{escape(name)}</text>')
+    for mark in chart.marks:
+        attrs = " ".join(f"{key}={quoteattr(str(value))}" for key, value in mark.attrs.items())
+        inner = escape(mark.text) if mark.kind == "text" else f"<title>{escape(mark.text)}</title>"
+        lines.append(f'<{mark.kind} class="{mark.style}" {attrs}>{inner}</{mark.kind}>')
+    return "\n".join([*lines, "</svg>", ""])
