@@ -201,11 +201,8 @@ def _encode(engine: Engine) -> None:
 def _first_audio(engine: Engine, request: Request) -> float:
     _wait(engine.device)
     started = time.perf_counter()
-    chunks = engine.stream_request(request)
-    next(chunk for chunk, _ in chunks if len(chunk))  # on the CPU: nothing to wait for
-    seconds = time.perf_counter() - started
-    chunks.close()
-    return seconds
+    next(chunk for chunk, _ in engine.stream_request(request) if len(chunk))  # on the CPU: nothing to wait for
+    return time.perf_counter() - started
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
