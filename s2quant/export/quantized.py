@@ -102,9 +102,7 @@ def quantize_checkpoint(
         VerificationError: The folder written is not what was made; nothing stands under the final name.
     """
     exchange = options.exchange
-    finished = exchange.agree(
-        options.resume and (options.out / "manifest.json").exists()
-    )  # stopped after its last step
+    finished = exchange.agree(options.resume and (options.out / "manifest.json").exists())  # after its last step
     if not finished:
         exchange.once(lambda: check_new(options.out))
     recipe = load_recipe(options.recipe)
