@@ -214,7 +214,7 @@ def test_yaml_merge_keys_still_work(tmp_path: Path) -> None:
 
 def test_built_in_recipes_are_found_by_name() -> None:
     assert default_recipe("tiny-w4a16").is_file()
-    with pytest.raises(UserError, match="s2-pro-w4a16, .*tiny-w4a16, "):
+    with pytest.raises(UserError, match=r"s2-pro-w4a16, .*tiny-w4a16, "):
         default_recipe("no-such")
 
 
