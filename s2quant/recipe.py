@@ -10,6 +10,7 @@ Patterns: `*` stands for one name part (no dot), `**` for any number of parts, `
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,22 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PositionWeights:
+    """How much each calibration position counts in the Hessians of the Slow AR.
+
+    With w the weight of a position and x its input, H = 2 sum(w x x^T) / sum(w). So only the ratio of the two matters,
+    and a weight of 0 leaves a kind of position out. The Fast AR has speech positions only and knows no weights.
+
+    Args:
+        text: Of a position that is no audio frame: prompt, tags, im_end, and of a voice's transcript.
+        speech: Of an audio frame, drawn or of a voice's recording.
+    """
+
+    text: float = 1.0
+    speech: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Where calibration positions come from.
 
@@ -90,6 +107,7 @@ class Calibration:
         seed: Seed of the choice and of the speech.
         sampling: How the lines are spoken.
         require_end: Whether a clip without an end token counts as failed.
+        weights: How much text and speech positions count.
     """
 
     source: str
@@ -102,6 +120,7 @@ class Calibration:
     seed: int = 0
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     require_end: bool = True
+    weights: PositionWeights = dataclasses.field(default_factory=PositionWeights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +130,7 @@ class Recipe:
     Args:
         name: Short name.
         description: What it is for.
+        base: Settings that every `quantize` rule starts from.
         rules: First match wins.
         calibration: Calibration source.
         strict: Whether a fallback, a grown damping or a skipped module stops the run.
@@ -120,6 +140,7 @@ class Recipe:
 
     name: str
     description: str
+    base: LinearSettings
     rules: tuple[Rule, ...]
     calibration: Calibration
     strict: bool
@@ -247,6 +268,7 @@ def _recipe(data: Any, text: str, path: Path, faults: list[str]) -> Recipe | Non
     return Recipe(
         name=str(name),
         description=description,
+        base=base,
         rules=rules,
         calibration=calibration,
         strict=strict,
@@ -274,6 +296,30 @@ def _typed(table: Mapping[str, Any], default: Any, where: str, faults: list[str]
         else:
             values[field.name] = value
     return values
+
+
+def _nested(table: Mapping[str, Any], key: str, default: Any, faults: list[str]) -> Any:
+    """Take a mapping of scalars out of the calibration block."""
+    inner, where = table.get(key, {}), f"calibration.{key}"
+    if not isinstance(inner, Mapping):
+        faults.append(f"{where} is {inner!r}, not a mapping")
+        return default
+    _unknown(inner, {field.name for field in dataclasses.fields(default)}, where, faults)
+    return dataclasses.replace(default, **_typed(inner, default, where, faults))
+
+
+def _weight_faults(calibration: Calibration) -> list[str]:
+    weights = calibration.weights
+    faults = [
+        f"calibration.weights.{name} is {value}, not a finite number of 0 or more"
+        for name, value in dataclasses.asdict(weights).items()
+        if not 0 <= value < math.inf
+    ]
+    if weights.text == weights.speech == 0:
+        faults.append("calibration.weights: both are 0, so that no position counts")
+    elif weights.text == 0 and calibration.codes == "none":
+        faults.append("calibration.weights.text is 0 and codes is none: there are only text positions")
+    return faults
 
 
 def _settings(table: Any, base: LinearSettings, where: str, faults: list[str]) -> LinearSettings:
@@ -318,17 +364,13 @@ def _calibration(table: Any, faults: list[str]) -> Calibration | None:
         return None
     _unknown(table, {field.name for field in dataclasses.fields(Calibration)}, "calibration", faults)
     default = Calibration(source="")
-    sampling_table = table.get("sampling", {})
-    scalars = {key: value for key, value in table.items() if key != "sampling"}
+    scalars = {key: value for key, value in table.items() if key not in ("sampling", "weights")}
     values = _typed(scalars, default, "calibration", faults)
-    if isinstance(sampling_table, Mapping):
-        _unknown(sampling_table, {field.name for field in dataclasses.fields(Sampling)}, "calibration.sampling", faults)
-        sampling = dataclasses.replace(Sampling(), **_typed(sampling_table, Sampling(), "calibration.sampling", faults))
-        faults += sampling_faults(sampling, "calibration.sampling")
-        values["sampling"] = sampling
-    else:
-        faults.append(f"calibration.sampling is {sampling_table!r}, not a mapping")
-    calibration = dataclasses.replace(default, **values)
+    sampling = _nested(table, "sampling", Sampling(), faults)
+    faults += sampling_faults(sampling, "calibration.sampling")
+    weights = _nested(table, "weights", PositionWeights(), faults)
+    calibration = dataclasses.replace(default, sampling=sampling, weights=weights, **values)
+    faults += _weight_faults(calibration)
     if calibration.codes not in CODES:
         faults.append(f"calibration.codes is {calibration.codes!r}, not one of {CODES}")
     for name in ("num_sequences", "max_positions", "max_frames", "batch_size"):

@@ -13,6 +13,7 @@ from s2quant.errors import UserError
 from s2quant.recipe import (
     Calibration,
     LinearSettings,
+    PositionWeights,
     Recipe,
     Rule,
     Sampling,
@@ -213,8 +214,25 @@ def test_yaml_merge_keys_still_work(tmp_path: Path) -> None:
 
 def test_built_in_recipes_are_found_by_name() -> None:
     assert default_recipe("tiny-w4a16").is_file()
-    with pytest.raises(UserError, match="s2-pro-w4a16, tiny-w4a16"):
+    with pytest.raises(UserError, match=r"s2-pro-w4a16, .*tiny-w4a16, "):
         default_recipe("no-such")
+
+
+def test_weights(tmp_path: Path) -> None:
+    table = {"source": "x.jsonl"}
+    assert recipe_of(tmp_path).calibration.weights == PositionWeights(text=1.0, speech=1.0)
+    recipe = recipe_of(tmp_path, calibration=table | {"weights": {"text": 0, "speech": 2}})
+    assert recipe.calibration.weights == PositionWeights(text=0.0, speech=2.0)
+    for weights, fault in (
+        ({"text": -1}, "calibration.weights.text is -1.0, not a finite number of 0 or more"),
+        ({"speech": float("inf")}, "calibration.weights.speech is inf, not a finite number"),
+        ({"text": 0, "speech": 0}, "both are 0"),
+        ({"audio": 1}, "calibration.weights: unknown key 'audio'"),
+        ([1, 2], "calibration.weights is [1, 2], not a mapping"),
+    ):
+        assert fault in refusal(tmp_path, calibration=table | {"weights": weights})
+    only_speech = {"codes": "none", "weights": {"text": 0}}
+    assert "there are only text positions" in refusal(tmp_path, calibration=table | only_speech)
 
 
 def test_ranges_of_sampling() -> None:

@@ -33,6 +33,7 @@ from s2quant.runtime.speech import Request, Speech
 FORMAT_VERSION = 1
 METADATA_KEY = "s2quant"
 CODE_DTYPE = torch.int32
+GROUP_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ def calibration_key(lines: Sequence[CalibrationLine], settings: Calibration, mod
         64 hexadecimal digits.
     """
     table = asdict(settings)
-    for irrelevant in ("source", "batch_size", "holdout"):  # they change how a set is used, not what it holds
-        table.pop(irrelevant)
+    for how_it_is_used in ("source", "batch_size", "holdout", "weights"):  # a set does not depend on these
+        table.pop(how_it_is_used)
     facts = {
         "version": FORMAT_VERSION,
         "lines": lines_sha256(lines),
@@ -99,6 +100,8 @@ def make_sequences(
     key: str,
     voices_folder: Path,
     progress: Callable[[int], None] = lambda done: None,
+    owns: Callable[[int], bool] = lambda group: True,
+    merge: Callable[[dict[int, Speech]], dict[int, Speech]] = lambda spoken: spoken,
 ) -> CalibrationSet:
     """Turn lines into token sequences.
 
@@ -109,6 +112,9 @@ def make_sequences(
         key: Hash from `calibration_key`.
         voices_folder: Where reference recordings named by lines are.
         progress: Called with the number of lines done.
+        owns: Tells the groups of lines that this process speaks. A group is spoken by itself, GROUP_ROUNDS lines for
+            each of the engine's slots, so that it comes out alike whoever speaks it, and whoever speaks the others.
+        merge: Adds what other processes spoke.
 
     Returns:
         The set, in the order of the lines.
@@ -119,9 +125,12 @@ def make_sequences(
     requests = _requests(engine, lines, settings, voices_folder)
     spoken: dict[int, Speech] = {}
     if settings.codes == "speak":
-        for speech in engine.generate(requests):
-            spoken[speech.index] = speech
-            progress(len(spoken))
+        size = GROUP_ROUNDS * engine.num_slots
+        for start in (start for start in range(0, len(requests), size) if owns(start // size)):
+            for speech in engine.generate(requests[start : start + size]):
+                spoken[start + speech.index] = speech
+                progress(len(spoken))
+        spoken = merge(spoken)
     ids, sequences, dropped = [], [], Counter[str]()
     for index, (line, request) in enumerate(zip(lines, requests, strict=True)):
         codes: Sequence[Tensor] = ()

@@ -297,6 +297,10 @@ class Checkpoint:
             self._shards[file] = safe_open(self.folder / file, framework="pt")
         return self._shards[file].get_tensor(name).to(device)
 
+    def close(self) -> None:
+        """Let go of the files, and of their pages in memory; they are opened again when they are needed."""
+        self._shards.clear()
+
     def weight(self, module: str, device: torch.device | str = "cpu") -> Tensor | QuantizedWeight:
         """Read one module's weight.
 

@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     command.add_argument("--calibration", type=Path, metavar="FILE", help="a calibration set to use, or to make")
     command.add_argument("--sequences", type=int, metavar="N", help="calibration sequences, instead of the recipe's")
     command.add_argument("--slots", type=int, default=8, metavar="N", help="calibration lines spoken at a time")
+    command.add_argument("--low-memory", action="store_true", help="stay under 12 GB of device memory; slower")
     command.add_argument("--resume", action="store_true", help="go on with a stopped run")
     command.add_argument("--plan", action="store_true", help="say what would be done; needs only DIR/config.json")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -39,23 +40,34 @@ def _quantize(options: argparse.Namespace) -> int:
     for name, value in (("--sequences", options.sequences), ("--slots", options.slots)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}", "a positive number", "correct it")
+    from s2quant.evaluate.ranks import find_ranks
     from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
+    from s2quant.quantize.exchange import join_exchange
+    from s2quant.runtime.load import parse_device
 
-    with progress(options.quiet) as report:
+    ranks = find_ranks()  # several under `accelerate launch`: they share the work
+    device = ranks.device(options.device)
+    exchange = join_exchange(ranks.rank, ranks.world, parse_device(device))
+    with progress(options.quiet or not ranks.is_first) as report:
         records = quantize_checkpoint(
             QuantizeOptions(
                 recipe=options.recipe,
                 model=options.model,
                 out=options.out,
-                device=options.device,
+                device=device,
                 calibration=options.calibration,
                 resume=options.resume,
                 eval_folder=Path(__file__).resolve().parents[2] / "eval",  # beside the package, in a checkout
                 num_sequences=options.sequences,
                 num_slots=options.slots,
+                low_memory=options.low_memory,
+                exchange=exchange,
             ),
             report,
         )
+    ranks.close()
+    if not ranks.is_first:
+        return 0
     if options.json:
         print(json.dumps({"out": str(options.out), "modules": list(records)}))
     else:

@@ -1,51 +1,50 @@
 """The whole job: recipe and model in, a verified quantized checkpoint folder out.
 
 What is finished is kept in `OUT.partial` until the folder stands under its final name, so a run that was stopped at
-any moment goes on with `resume`, and ends with the same bytes.
+any moment goes on with `resume`, and ends with the same bytes. Several processes can share the work
+(`s2quant.quantize.exchange`): they end with the bytes of one alone, and the first of them writes the folder.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines
-from s2quant.calibrate.sequences import (
-    CalibrationSet,
-    calibration_key,
-    load_set,
-    make_batches,
-    make_sequences,
-    save_set,
-)
+from s2quant.calibrate.lines import CalibrationLine
+from s2quant.calibrate.sequences import CalibrationSet, calibration_key, save_set
 from s2quant.checkpoint.layout import expected_tensors
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, carry_files, check_carried
-from s2quant.codec import load_codec
 from s2quant.errors import UserError
+from s2quant.export.calibration import (
+    Report,
+    calibration_facts,
+    calibration_lines,
+    calibration_set,
+    split_batches,
+    stored_set,
+)
 from s2quant.export.card import model_card
 from s2quant.export.config_files import merged_config, quantization_config
+from s2quant.export.memory import LOW_MEMORY_SHARD_BYTES, LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
+from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
-from s2quant.runtime.engine import Engine
-from s2quant.runtime.load import device_name, load_model, parse_device
+from s2quant.runtime.load import device_name, parse_device
 
 _MADE_FROM = (("model", "sha256"), ("recipe", "sha256"), ("calibration", "key"))  # in the manifest's inputs
 DETAILS = "s2quant"  # subfolder of the checkpoint with recipe, records and calibration set
-
-Report = Callable[[str, int, int], None]
-"""Called with a phase, the steps done and the steps in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,8 @@ class QuantizeOptions:
         num_sequences: Calibration sequences, instead of the recipe's number.
         num_slots: Utterances in progress at a time while calibration lines are spoken.
         max_shard_bytes: Shard limit of the output.
+        low_memory: Whether to stay under `memory.LOW_MEMORY_BYTES` of device memory: see `s2quant.export.memory`.
+        exchange: The processes that share the work.
     """
 
     recipe: Path
@@ -75,6 +76,13 @@ class QuantizeOptions:
     num_sequences: int | None = None
     num_slots: int = 8
     max_shard_bytes: int = MAX_SHARD_BYTES
+    low_memory: bool = False
+    exchange: Exchange = field(default_factory=Exchange)
+
+    @property
+    def slots(self) -> int:
+        """Utterances that are really in progress at a time."""
+        return min(self.num_slots, LOW_MEMORY_SLOTS) if self.low_memory else self.num_slots
 
 
 def quantize_checkpoint(
@@ -93,9 +101,10 @@ def quantize_checkpoint(
         UserError: Something in the input cannot be used; nothing stands under the final name.
         VerificationError: The folder written is not what was made; nothing stands under the final name.
     """
-    finished = options.resume and (options.out / "manifest.json").exists()  # stopped after its last step, or before
+    exchange = options.exchange
+    finished = exchange.agree(options.resume and (options.out / "manifest.json").exists())  # after its last step
     if not finished:
-        check_new(options.out)
+        exchange.once(lambda: check_new(options.out))
     recipe = load_recipe(options.recipe)
     device = parse_device(options.device)
     checkpoint = open_checkpoint(options.model)
@@ -104,35 +113,28 @@ def quantize_checkpoint(
     plan = make_plan(recipe, checkpoint.config)
     if not plan.quantized:
         raise UserError(f"recipe {recipe.name} quantizes nothing", "at least one rule that quantizes", "add one")
-    lines = _lines(recipe, options)
+    lines = calibration_lines(recipe, options.eval_folder, options.num_sequences)
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
-    model_sha256 = folder_hashes(options.model)
+    model_sha256 = exchange.agree(folder_hashes(options.model) if exchange.is_first else {})
     identity = _identity(recipe, model_sha256, lines, device, options)
     if finished:
-        return _finished_records(options.out, identity)
-    if options.calibration is not None:
-        _stored_set(options.calibration, identity["calibration_key"], checkpoint)
-    is_new = not partial_folder(options.out).exists()
-    store = StageStore.open(partial_folder(options.out), identity, options.resume)
-    try:
-        calibration = _calibration(options, recipe, checkpoint, lines, model_sha256, store, report)
-    except UserError:
-        if is_new:  # nothing is finished, so there is nothing to resume
-            shutil.rmtree(store.folder)
-        raise
-    peak_calibration_bytes = _peak_bytes(device)
-    batches, num_held = split_batches(calibration, recipe, checkpoint.config.pad_id)
-    total, done = num_stages(plan), 0
+        return _finished_records(options.out, identity, exchange)
+    with device_cap(device if options.low_memory else None):
+        store, calibration = _start(options, recipe, checkpoint, lines, identity, device, report)
+        peak_calibration_bytes = take_peak_bytes(device)
+        batches, num_held = split_batches(calibration, recipe, checkpoint.config.pad_id)
+        total, done = num_stages(plan), 0
 
-    def stage_done(name: str) -> None:
-        nonlocal done
-        done += 1
-        report(name, done, total)
+        def stage_done(name: str) -> None:
+            nonlocal done
+            done += 1
+            report(name, done, total)
 
-    report("quantizing", 0, total)
-    records = quantize_stages(checkpoint, plan, batches, num_held, store, device, stage_done)
+        report("quantizing", 0, total)
+        rest = torch.device("cpu") if options.low_memory else None
+        records = quantize_stages(checkpoint, plan, batches, num_held, store, device, stage_done, exchange, rest)
     report("writing", 0, 1)
     facts = {
         "model": {"folder": options.model.name, "sha256": model_sha256},
@@ -144,20 +146,21 @@ def quantize_checkpoint(
         facts,
         device_name(device),
         recipe.calibration.seed,
-        peak_device_bytes=_peak_bytes(device),
+        peak_device_bytes=take_peak_bytes(device),
         peak_calibration_bytes=peak_calibration_bytes,
+        peak_host_bytes=host_peak_bytes(),
+        low_memory=options.low_memory,
+        num_processes=exchange.world,
         num_quantized=len(plan.quantized),
         num_tensors=plan.num_tensors,
         tensor_bytes=plan.num_bytes,
     )
-    _write(options, checkpoint, plan, store, records, calibration, record)
-    with disk_errors(options.out):
-        shutil.rmtree(store.folder)
+    exchange.once(lambda: _write(options, checkpoint, plan, store, records, calibration, record))
     report("done", 1, 1)
     return records
 
 
-def _finished_records(out: Path, identity: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _finished_records(out: Path, identity: Mapping[str, Any], exchange: Exchange) -> Sequence[Mapping[str, Any]]:
     """Read the records of a folder that this run finished, and clear away what was kept to resume it."""
     inputs = read_json(out / "manifest.json").get("inputs", {})
     made_from = [inputs.get(name, {}).get(key) for name, key in _MADE_FROM]
@@ -168,20 +171,47 @@ def _finished_records(out: Path, identity: Mapping[str, Any]) -> Sequence[Mappin
             "remove it or name another --out",
         )
     records: Sequence[Mapping[str, Any]] = read_json(out / DETAILS / "records.json")["modules"]
-    if partial_folder(out).exists():
+    if exchange.is_first and partial_folder(out).exists():
         with disk_errors(out):
             shutil.rmtree(partial_folder(out))
     return records
 
 
-def _peak_bytes(device: torch.device) -> int | None:
-    """Read the peak of the GPU's memory since the last call, and start again; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+def _start(
+    options: QuantizeOptions,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    lines: Sequence[CalibrationLine],
+    identity: Mapping[str, Any],
+    device: torch.device,
+    report: Report,
+) -> tuple[StageStore, CalibrationSet]:
+    """Open the run's folder, and find or make the calibration set in it."""
+    exchange, key, folder = options.exchange, identity["calibration_key"], partial_folder(options.out)
+    if options.calibration is not None and options.calibration.exists():
+        stored_set(options.calibration, key, checkpoint)
+    elif options.calibration is not None:
+        check_new(options.calibration)
+    is_new = not folder.exists()
+    exchange.once(lambda: StageStore.open(folder, identity, options.resume))
+    store = StageStore(folder)
+    try:
+        return store, calibration_set(
+            options.calibration or folder / "calibration.safetensors",
+            recipe,
+            checkpoint,
+            lines,
+            key,
+            device,
+            options.slots,
+            exchange,
+            report,
+            torch.device("cpu") if options.low_memory else None,
+        )
+    except UserError:
+        if is_new and exchange.is_first:  # nothing is finished, so there is nothing to resume
+            shutil.rmtree(folder)
+        raise
 
 
 def partial_folder(out: Path) -> Path:
@@ -196,34 +226,6 @@ def partial_folder(out: Path) -> Path:
     return out.absolute().with_name(out.name + ".partial")
 
 
-def calibration_facts(calibration: CalibrationSet, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Summarise a calibration set for the manifest.
-
-    Args:
-        calibration: The set.
-        checkpoint: The model it was made with.
-
-    Returns:
-        Counts and the key.
-    """
-    config = checkpoint.config
-    return {
-        "key": calibration.key,
-        "num_sequences": len(calibration.sequences),
-        "num_positions": calibration.num_positions,
-        "num_frames": calibration.num_frames(config.semantic_begin_id, config.semantic_end_id),
-        "dropped": dict(calibration.dropped),
-    }
-
-
-def _lines(recipe: Recipe, options: QuantizeOptions) -> list[CalibrationLine]:
-    source = recipe.calibration.source
-    lines = read_lines(source if source.startswith("hf:") else recipe.calibration_path)
-    if options.eval_folder is not None:
-        check_disjoint(lines, options.eval_folder)
-    return select_lines(lines, options.num_sequences or recipe.calibration.num_sequences, recipe.calibration.seed)
-
-
 def _identity(
     recipe: Recipe,
     model_sha256: Mapping[str, str],
@@ -236,83 +238,11 @@ def _identity(
         "recipe_sha256": recipe.sha256,
         "model_sha256": dict(model_sha256),
         "calibration_key": calibration_key(lines, recipe.calibration, model_sha256),
-        "num_slots": options.num_slots,
+        "num_slots": options.slots,
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
     }
-
-
-def _calibration(
-    options: QuantizeOptions,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    lines: Sequence[CalibrationLine],
-    model_sha256: Mapping[str, str],
-    store: StageStore,
-    report: Report,
-) -> CalibrationSet:
-    """Find the calibration set, or let the model speak it."""
-    key = calibration_key(lines, recipe.calibration, model_sha256)
-    path = options.calibration or store.folder / "calibration.safetensors"
-    found = _stored_set(path, key, checkpoint)
-    if found is not None:
-        return found
-    device = parse_device(options.device)
-    codec = None
-    if any(line.voice is not None for line in lines):
-        codec = load_codec(checkpoint.folder, device=device)
-    report("calibration speech", 0, len(lines))
-    engine = Engine(
-        load_model(checkpoint, device),
-        Tokenizer.load(checkpoint.folder, checkpoint.config),
-        codec,
-        num_slots=options.num_slots,
-    )
-    voices = recipe.calibration_path.parent
-    made = make_sequences(
-        engine, lines, recipe.calibration, key, voices, lambda done: report("calibration speech", done, len(lines))
-    )
-    save_set(made, path)
-    return made
-
-
-def _stored_set(path: Path, key: str, checkpoint: Checkpoint) -> CalibrationSet | None:
-    """Read a calibration set, if there is one; refuse one of another run."""
-    if not path.exists():
-        check_new(path)
-        return None
-    found = load_set(path, checkpoint.config.num_codebooks)
-    if found.key != key:
-        raise UserError(
-            f"{path} was made from other lines, settings or weights (key {found.key[:12]}, not {key[:12]})",
-            "a calibration set of this model and recipe",
-            "remove it or name another --calibration",
-        )
-    return found
-
-
-def split_batches(
-    calibration: CalibrationSet, recipe: Recipe, pad_id: int
-) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], int]:
-    """Pad the sequences into batches, those held out at the end.
-
-    Args:
-        calibration: The set.
-        recipe: Says batch size and the share held out.
-        pad_id: Token id of the padding.
-
-    Returns:
-        Batches of tokens and mask, and how many of them, at the end, are held out.
-    """
-    sequences, settings = calibration.sequences, recipe.calibration
-    num_held = min(len(sequences) - 1, round(len(sequences) * settings.holdout))
-    if settings.holdout and len(sequences) > 1:
-        num_held = max(1, num_held)
-    split = len(sequences) - num_held
-    used = make_batches(sequences[:split], settings.batch_size, pad_id)
-    held = make_batches(sequences[split:], settings.batch_size, pad_id)
-    return used + held, len(held)
 
 
 def _write(
@@ -324,7 +254,7 @@ def _write(
     calibration: CalibrationSet,
     record: Mapping[str, Any],
 ) -> None:
-    """Write the folder, open it again and verify it, then give it its name."""
+    """Write the folder, open it again and verify it, give it its name, and remove what the run kept."""
     quantization = quantization_config(plan)
     facts = record["inputs"]["calibration"]
     sentence = (
@@ -332,7 +262,8 @@ def _write(
         f"frames spoken by the bf16 model; dropped clips: {facts['dropped'] or 'none'}"
     )
     with atomic_folder(options.out, within=store.folder) as folder:
-        write_shards(folder, checkpoint, plan, store, options.max_shard_bytes)
+        limit = min(options.max_shard_bytes, LOW_MEMORY_SHARD_BYTES) if options.low_memory else options.max_shard_bytes
+        write_shards(folder, checkpoint, plan, store, limit)
         carry_files(options.model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         write_json(folder / "quantize_config.json", quantization)
@@ -344,6 +275,8 @@ def _write(
         save_set(calibration, details / "calibration.safetensors")
         write_json(folder / "manifest.json", dict(record) | {"files_sha256": folder_hashes(folder)})
         verify_quantized(folder, options.model, plan, records)
+    with disk_errors(options.out):
+        shutil.rmtree(store.folder)
 
 
 def write_shards(

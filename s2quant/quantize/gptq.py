@@ -2,8 +2,8 @@
 
 gptqmodel 7.6 does the column loop (on a GPU with its fused block update, if it can be built). Around it:
 
-- `Hessian` sums X^T X once for all modules that read the same input (w1 and w3), with gptqmodel's own operations in
-  their order, so results are those of feeding each module's `add_batch`, bit for bit.
+- `Hessian` (`s2quant.quantize.hessian`) sums X^T X once for all modules that read the same input (w1 and w3), with
+  gptqmodel's own operations in their order, so results are those of feeding each module's `add_batch`, bit for bit.
 - The codes are recovered from its dequantized float32 weight and float32 scales, exactly; the scales are then
   rounded to float16, and everything downstream uses the rounded ones.
 - Whatever gptqmodel does silently is looked for afterwards: round-to-nearest or zeros in place of GPTQ, grown
@@ -40,76 +40,13 @@ from torch import Tensor, nn
 
 from s2quant.errors import UserError
 from s2quant.packing import QuantizedWeight
+from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.rtn import check_weight, rtn_quantize, store_scales
 from s2quant.quantize.stats import QuantStats
 from s2quant.recipe import LinearSettings
 
 GPTQMODEL_VERSION = "7.6."
 _NO_LOSS = 999999999  # gptqmodel's number for "not done"
-
-
-class Hessian:
-    """Sum of X^T X over calibration inputs; serves every linear that reads that input.
-
-    Args:
-        in_features: K.
-        name: How messages name the module (or the first of them).
-        device: Where the sum lives; None for that of the first inputs.
-    """
-
-    def __init__(self, in_features: int, name: str, device: torch.device | str | None = None) -> None:
-        self.in_features, self.name = in_features, name
-        self.num_tokens = 0
-        self._device = None if device is None else torch.device(device)
-        self._sum: Tensor | None = None  # float32 [K, K]
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """Add calibration inputs, in place; a temporary of [K, K] and a float32 copy of `x` are made.
-
-        Args:
-            x: Floating point [rows, K] or [..., K], padding already dropped.
-
-        Raises:
-            UserError: An input is NaN or infinite.
-        """
-        assert x.shape[-1] == self.in_features and x.is_floating_point(), (self.name, x.shape, x.dtype)
-        rows = x.detach().reshape(-1, self.in_features).to(self._device or x.device)
-        if rows.shape[0] == 0:
-            return
-        bad = ~torch.isfinite(rows).all(dim=1)
-        if bool(bad.any()):
-            raise UserError(
-                f"{self.name}: {int(bad.sum())} of {rows.shape[0]} calibration inputs hold NaN or infinity",
-                "finite activations",
-                "check the weights of the layers before it and the calibration lines, or run in bf16 or float32",
-            )
-        rows = rows.contiguous().to(torch.float32)
-        product = torch.matmul(rows.T, rows)
-        if self._sum is None:
-            self._sum, self._device = product, product.device
-        else:
-            self._sum.add_(product)
-        self.num_tokens += rows.shape[0]
-
-    def matrix(self) -> Tensor:
-        """Compute the Hessian of the squared output error, 2/n X^T X.
-
-        Returns:
-            A new float32 [K, K].
-
-        Raises:
-            UserError: No inputs were added, or the sum overflowed.
-        """
-        if self._sum is None:
-            raise UserError(f"{self.name}: no calibration inputs", "at least one position", "add calibration lines")
-        if not bool(torch.isfinite(self._sum).all()):
-            raise UserError(
-                f"{self.name}: X^T X overflows float32",
-                "activations below about 1e18",
-                "keep this module in bf16, or check the layers before it",
-            )
-        return self._sum * (2.0 / float(self.num_tokens))
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,11 @@
 
 Legend: M out_features, K in_features, rows calibration positions.
 
-One stage is on the device at a time, so peak memory does not depend on depth. Inputs of each linear are those that
-the model with everything before it already quantized would see. Every module gets a record: what was done, with what
-damping, over how many tokens, and its output error on held-out rows, with that of round-to-nearest beside it.
+One stage is on the device at a time, so peak memory does not depend on depth; the calibration stream may rest on the
+host. Several processes can share the work and end with the same bytes (`s2quant.quantize.exchange`). Inputs of
+each linear are those that the model with everything before it already quantized would see. Every module gets a record:
+what was done, with what damping, over how many tokens, and its output error on held-out rows, with that of
+round-to-nearest beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,7 +26,9 @@ from torch.nn import functional as F
 from s2quant.checkpoint.layout import FAST
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.packing import QuantizedWeight
-from s2quant.quantize.gptq import Hessian, gptq_quantize
+from s2quant.quantize.exchange import Exchange, Solved
+from s2quant.quantize.gptq import gptq_quantize
+from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
@@ -46,6 +51,8 @@ def quantize_stages(
     store: StageStore,
     device: torch.device,
     progress: Progress = lambda name: None,
+    exchange: Exchange | None = None,
+    rest: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize every module that the plan names and keep each finished stage.
 
@@ -57,6 +64,8 @@ def quantize_stages(
         store: Where finished stages are kept, and found again.
         device: Where to work.
         progress: Told of every finished stage.
+        exchange: The processes that share the work; None: this one alone.
+        rest: Where the calibration stream is kept between stages; None: on the device.
 
     Returns:
         One record per quantized module, in order.
@@ -65,7 +74,9 @@ def quantize_stages(
         UserError: A module could not be quantized as the recipe says and the recipe is strict.
     """
     records: list[dict[str, Any]] = []
-    stream = slow_stream(checkpoint, batches, num_held, device)
+    exchange = exchange or Exchange()
+    weights = plan.recipe.calibration.weights
+    stream = slow_stream(checkpoint, batches, num_held, device, weights, rest, exchange.owns)
     length = max(tokens.shape[2] for tokens, _ in batches)
     fast_wanted = any(name.startswith(f"{FAST}.") for name in plan.quantized)
     last = _last_stage(plan)
@@ -74,11 +85,12 @@ def quantize_stages(
         nonlocal stream
         yield from slow_stages(checkpoint, device, length)
         if fast_wanted:
-            stream = fast_stream(checkpoint, stream, batches, device)
+            stream = fast_stream(checkpoint, stream, batches, device, rest)
             yield from fast_stages(checkpoint, device)
 
     for stage in stages():
-        records += quantize_stage(stage, stream, plan, store)
+        records += quantize_stage(stage, stream, plan, store, exchange)
+        checkpoint.close()  # its pages count as this process's memory while they are mapped
         progress(stage.name)
         if stage.name == last:
             break
@@ -115,7 +127,9 @@ def num_stages(plan: Plan) -> int:
     return slow + number if last.startswith(f"{FAST}.") else number
 
 
-def quantize_stage(stage: Stage, stream: Stream, plan: Plan, store: StageStore) -> list[dict[str, Any]]:
+def quantize_stage(
+    stage: Stage, stream: Stream, plan: Plan, store: StageStore, exchange: Exchange
+) -> list[dict[str, Any]]:
     """Quantize one stage, in place, or take it from the store.
 
     Args:
@@ -123,6 +137,7 @@ def quantize_stage(stage: Stage, stream: Stream, plan: Plan, store: StageStore) 
         stream: Its inputs; not changed.
         plan: What to do.
         store: Where it is kept.
+        exchange: The processes that share the work.
 
     Returns:
         One record per quantized module.
@@ -137,41 +152,39 @@ def quantize_stage(stage: Stage, stream: Stream, plan: Plan, store: StageStore) 
     }
     if not wanted:
         return []
-    done = store.load(stage.name, {name: (s.bits, s.group_size) for name, s in wanted.items()})
-    if done is not None:
-        weights, records = done
+    if exchange.agree(store.has(stage.name)):
+        weights, records = store.load(stage.name, {name: (s.bits, s.group_size) for name, s in wanted.items()})
         for name, weight in weights.items():
             _replace(stage, name, weight)
         return records
     weights, records = {}, []
     for subset in stage.subsets:
-        names = [f"{stage.name}.{linear}" for linear in subset if f"{stage.name}.{linear}" in wanted]
-        for name, weight, record in _quantize_subset(stage, stream, {n: wanted[n] for n in names}, plan.recipe.strict):
+        chosen = {f"{stage.name}.{linear}": wanted.get(f"{stage.name}.{linear}") for linear in subset}
+        present = {name: settings for name, settings in chosen.items() if settings is not None}
+        for name, (weight, record) in _quantize_subset(stage, stream, present, plan.recipe.strict, exchange).items():
             weights[name] = weight
-            records.append(record)
-        for name in names:
-            _replace(stage, name, weights[name])
-    store.save(stage.name, weights, records)
+            records.append(dict(record))
+            _replace(stage, name, weight)
+    if exchange.is_first:
+        store.save(stage.name, weights, records)
     return records
 
 
 def _quantize_subset(
-    stage: Stage, stream: Stream, wanted: dict[str, LinearSettings], strict: bool
-) -> Iterable[tuple[str, QuantizedWeight, dict[str, Any]]]:
+    stage: Stage, stream: Stream, wanted: dict[str, LinearSettings], strict: bool, exchange: Exchange
+) -> dict[str, Solved]:
     """Quantize linears that share their input."""
     if not wanted:
-        return
+        return {}
     first = next(iter(wanted))
-    local = first.removeprefix(f"{stage.name}.")
     started = time.perf_counter()
     hessian = None
     if any(settings.method == "gptq" for settings in wanted.values()):
-        hessian = Hessian(_linear(stage, first).in_features, first)
-        for rows in stream.rows(stage, local, held=False):
-            hessian.add(rows)
-    held = _held_rows(stage, stream, local)
-    hessian_seconds = time.perf_counter() - started
-    for name, settings in wanted.items():
+        hessian = sum_hessian(stage, stream, first.removeprefix(f"{stage.name}."), exchange)
+    held = held_rows(stage, stream, first.removeprefix(f"{stage.name}."))
+    seconds = (time.perf_counter() - started) / len(wanted)
+
+    def task(name: str, settings: LinearSettings) -> Solved:
         weight = _linear(stage, name).weight
         rtn, rtn_stats = rtn_quantize(weight, settings)
         if settings.method == "gptq":
@@ -183,15 +196,55 @@ def _quantize_subset(
         record["output_error"] = output_error(weight, quantized, held)
         record["output_error_rtn"] = output_error(weight, rtn, held)
         record["held_rows"] = 0 if held is None else len(held)
-        record["hessian_seconds"] = hessian_seconds / len(wanted)
-        yield name, quantized, record
+        record["hessian_seconds"] = seconds
+        return quantized, record
+
+    solved = exchange.solve([partial(task, *item) for item in wanted.items()], stream.device)
+    return dict(zip(wanted, solved, strict=True))
 
 
-def _held_rows(stage: Stage, stream: Stream, local: str) -> Tensor | None:
-    rows = list(stream.rows(stage, local, held=True))
-    if not rows:
+def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | None = None) -> Hessian:
+    """Sum the Hessian of one linear over the batches that are not held out, in their order.
+
+    Args:
+        stage: The stage.
+        stream: Its inputs.
+        linear: Relative name of the linear.
+        exchange: The processes that share the batches; None: this one alone.
+
+    Returns:
+        The Hessian, the same in every process.
+
+    Raises:
+        UserError: An input is NaN or infinite.
+    """
+    exchange = exchange or Exchange()
+    module = stage.module.get_submodule(linear)
+    assert isinstance(module, nn.Linear)
+    hessian = Hessian(module.in_features, f"{stage.name}.{linear}", stream.device)
+    for start in range(0, stream.num_used, exchange.world):
+        index = start + exchange.rank
+        product = hessian.product(*stream.inputs(stage, linear, index)) if index < stream.num_used else None
+        exchange.accumulate(hessian, product)
+        del product
+    return hessian
+
+
+def held_rows(stage: Stage, stream: Stream, linear: str) -> Tensor | None:
+    """Gather inputs of one linear over the held-out batches, evenly thinned to MAX_HELD_ROWS.
+
+    Args:
+        stage: The stage.
+        stream: Its inputs.
+        linear: Relative name of the linear.
+
+    Returns:
+        [rows, K], or None when nothing is held out.
+    """
+    rows = [stream.inputs(stage, linear, index)[0] for index in range(stream.num_used, len(stream.values))]
+    whole = torch.cat(rows) if rows else torch.zeros(0, 1)
+    if not len(whole):
         return None
-    whole = torch.cat(rows)
     return whole[torch.linspace(0, len(whole) - 1, min(len(whole), MAX_HELD_ROWS), device=whole.device).long()]
 
 

@@ -20,6 +20,7 @@ from s2quant.checkpoint.layout import FAST, SLOW
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.layers import RMSNorm
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
+from s2quant.recipe import PositionWeights
 
 BLOCK_SUBSETS = (("attention.wqkv",), ("attention.wo",), ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))
 HEAD_SUBSETS = (("output",),)
@@ -73,14 +74,24 @@ class Stream:
     """What flows from stage to stage.
 
     Args:
-        values: [B, T, D] per batch, bfloat16.
+        values: [B, T, D] per batch, bfloat16 when the stages are a checkpoint's, wherever they rest; None for a batch
+            that another process runs.
         masks: bool [B, T] per batch, True where a position counts; None: all do.
         num_held: The last so many batches are held out: they measure the error and enter no Hessian.
+        device: Where batches are run.
+        weights: Float [B, T] per batch, how much a position counts in a Hessian; None: all alike.
     """
 
-    values: list[Tensor]
+    values: list[Tensor | None]
     masks: list[Tensor | None]
     num_held: int
+    device: torch.device
+    weights: list[Tensor | None]
+
+    @property
+    def num_used(self) -> int:
+        """Batches that enter Hessians."""
+        return len(self.values) - self.num_held
 
     def advance(self, stage: Stage) -> None:
         """Replace every batch by the stage's output, in place.
@@ -89,23 +100,26 @@ class Stream:
             stage: The stage, already quantized.
         """
         for index, value in enumerate(self.values):
-            self.values[index] = stage.run(value)
+            if value is not None:
+                self.values[index] = stage.run(value.to(self.device)).to(value.device)
 
-    def rows(self, stage: Stage, linear: str, held: bool) -> Iterator[Tensor]:
-        """Run the stage up to one linear and give the inputs of that linear, padding dropped.
+    def inputs(self, stage: Stage, linear: str, index: int) -> tuple[Tensor, Tensor | None]:
+        """Run the stage up to one linear on one batch, which is this process's, and give the inputs of that linear.
 
         Args:
             stage: The stage.
             linear: Relative name of the linear.
-            held: Whether to go through the held-out batches or the others.
+            index: The batch.
 
-        Yields:
-            [rows, K], bfloat16.
+        Returns:
+            [rows, K], padding dropped, and the rows' weights [rows] or None.
         """
-        split = len(self.values) - self.num_held
-        for index in range(split, len(self.values)) if held else range(split):
-            inputs, mask = capture_input(stage, linear, self.values[index]), self.masks[index]
-            yield inputs.flatten(0, -2) if mask is None else inputs[mask]
+        value, mask, weights = self.values[index], self.masks[index], self.weights[index]
+        assert value is not None, index
+        inputs = capture_input(stage, linear, value.to(self.device))
+        if mask is None:
+            return inputs.flatten(0, -2), None if weights is None else weights.flatten()
+        return inputs[mask], None if weights is None else weights[mask]
 
 
 class _Captured(Exception):
@@ -142,7 +156,13 @@ def capture_input(stage: Stage, linear: str, x: Tensor) -> Tensor:
 
 
 def slow_stream(
-    checkpoint: Checkpoint, batches: Sequence[tuple[Tensor, Tensor]], num_held: int, device: torch.device
+    checkpoint: Checkpoint,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    num_held: int,
+    device: torch.device,
+    weights: PositionWeights | None = None,
+    rest: torch.device | None = None,
+    owns: Callable[[int], bool] = lambda index: True,
 ) -> Stream:
     """Embed calibration batches.
 
@@ -150,7 +170,10 @@ def slow_stream(
         checkpoint: The model.
         batches: Tokens int64 [B, 1+N, T] and mask bool [B, T].
         num_held: Batches at the end that are held out.
-        device: Where to work and to keep the stream.
+        device: Where to work.
+        weights: How much text and speech count; None: alike.
+        rest: Where the stream is kept between stages; None: on the device.
+        owns: Tells the batches that this process runs; it always runs those held out.
 
     Returns:
         The Slow AR's input.
@@ -160,12 +183,32 @@ def slow_stream(
     for name, parameter in ((SLOW, "embeddings"), (FAST, "codebook_embeddings")):
         weight = checkpoint.dense(f"{name}.{parameter}", device, torch.bfloat16)
         setattr(slow.get_submodule(parameter), "weight", nn.Parameter(weight, requires_grad=False))  # noqa: B010
-    values = [slow.embed(tokens.to(device)) for tokens, _ in batches]
-    return Stream(values=values, masks=[mask.to(device) for _, mask in batches], num_held=num_held)
+    wanted = [owns(index) or index >= len(batches) - num_held for index in range(len(batches))]
+    return Stream(
+        values=[
+            slow.embed(tokens.to(device)).to(rest or device) if is_wanted else None
+            for is_wanted, (tokens, _) in zip(wanted, batches, strict=True)
+        ],
+        masks=[mask.to(device) for _, mask in batches],
+        num_held=num_held,
+        device=device,
+        weights=[_position_weights(slow.is_semantic(tokens), weights, device) for tokens, _ in batches],
+    )
+
+
+def _position_weights(speech: Tensor, weights: PositionWeights | None, device: torch.device) -> Tensor | None:
+    """Give each position of bool [B, T] its weight; None when they do not differ, so that nothing is rounded."""
+    if weights is None or weights.text == weights.speech:
+        return None
+    return torch.where(speech, weights.speech, weights.text).to(device, torch.float32)
 
 
 def fast_stream(
-    checkpoint: Checkpoint, slow: Stream, batches: Sequence[tuple[Tensor, Tensor]], device: torch.device
+    checkpoint: Checkpoint,
+    slow: Stream,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    device: torch.device,
+    rest: torch.device | None = None,
 ) -> Stream:
     """Gather the Fast AR's input: one row per frame, its ten positions.
 
@@ -174,9 +217,10 @@ def fast_stream(
         slow: The stream after the Slow AR's last block.
         batches: The tokens that it was made of.
         device: Where to work.
+        rest: Where the stream is kept between stages; None: on the device.
 
     Returns:
-        Values [F, N, E] per batch, batches without a frame left out, evenly thinned to MAX_FAST_FRAMES in all.
+        Values [F, N, E] per batch (F may be 0), evenly thinned to about MAX_FAST_FRAMES in all.
     """
     config = checkpoint.config
     norm = _load(RMSNorm(config.slow.dim, config.slow.norm_eps), checkpoint, f"{SLOW}.norm", device, itself=True)
@@ -187,19 +231,20 @@ def fast_stream(
             _load(fast.get_submodule(name), checkpoint, f"{FAST}.{name}", device, itself=True)
     frames = [_frames(config.semantic_begin_id, config.semantic_end_id, *batch) for batch in batches]
     keep = min(1.0, MAX_FAST_FRAMES / max(1, sum(len(f) for f in frames)))
-    values, num_held = [], 0
-    for index, (found, (tokens, _)) in enumerate(zip(frames, batches, strict=True)):
-        chosen = (
-            found[torch.linspace(0, len(found) - 1, max(1, int(len(found) * keep))).long()] if len(found) else found
-        )
-        if not len(chosen):
+    values: list[Tensor | None] = []
+    for value, found, (tokens, _) in zip(slow.values, frames, batches, strict=True):
+        if value is None:
+            values.append(None)
             continue
+        count = max(1, int(len(found) * keep)) if len(found) else 0
+        chosen = found[torch.linspace(0, len(found) - 1, count).long()]
         sequence, position = chosen.unbind(-1)
-        hidden = norm(slow.values[index][sequence.to(device), (position - 1).to(device)])
+        hidden = norm(value[sequence.to(value.device), (position - 1).to(value.device)].to(device))
         codes = tokens[sequence, 1:-1, position].to(device)  # the last code is never read
-        values.append(torch.cat([fast.embed_hidden(hidden)[:, None], fast.embed_code(codes)], dim=1))
-        num_held += index >= len(batches) - slow.num_held
-    return Stream(values=values, masks=[None] * len(values), num_held=num_held)
+        inputs = torch.cat([fast.embed_hidden(hidden)[:, None], fast.embed_code(codes)], dim=1)
+        values.append(inputs.to(rest or device))
+    nothing: list[Tensor | None] = [None] * len(values)
+    return Stream(values=values, masks=nothing, num_held=slow.num_held, device=device, weights=list(nothing))
 
 
 def _frames(begin: int, end: int, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -94,9 +94,18 @@ class StageStore:
         with atomic_file(self._path(stage), overwrite=True) as partial:
             save_file(tensors, partial, metadata={"records": json.dumps(records)})
 
-    def load(
-        self, stage: str, sizes: Mapping[str, tuple[int, int]]
-    ) -> tuple[dict[str, QuantizedWeight], list[Any]] | None:
+    def has(self, stage: str) -> bool:
+        """Tell whether a stage is finished.
+
+        Args:
+            stage: Its name.
+
+        Returns:
+            True when it is.
+        """
+        return self._path(stage).exists()
+
+    def load(self, stage: str, sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, QuantizedWeight], list[Any]]:
         """Get a finished stage.
 
         Args:
@@ -104,14 +113,12 @@ class StageStore:
             sizes: (bits, group_size) of the modules it should hold.
 
         Returns:
-            Weights by module name (on the CPU) and records, or None if the stage is not finished.
+            Weights by module name (on the CPU) and records.
 
         Raises:
             UserError: The file is corrupt or holds other modules.
         """
         path = self._path(stage)
-        if not path.exists():
-            return None
         try:
             with safe_open(path, framework="pt") as file:
                 records = json.loads((file.metadata() or {})["records"])

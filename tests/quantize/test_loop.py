@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.stages import slow_stages
 from s2quant.quantize.store import StageStore
-from s2quant.recipe import load_recipe
+from s2quant.recipe import PositionWeights, load_recipe
 from s2quant.runtime.load import load_model
 
 CPU = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_inputs_are_those_of_the_model_quantized_so_far(
     store = StageStore.open(tmp_path / "run", {"test": 1}, resume=True)
     for stage in ("0", "1"):
         names = [name for name in plan.quantized if name.startswith(f"{BLOCKS}.{stage}.")]
-        weights, _ = store.load(f"{BLOCKS}.{stage}", {name: (4, 32) for name in names}) or ({}, [])
+        weights, _ = store.load(f"{BLOCKS}.{stage}", {name: (4, 32) for name in names})
         for subset in (
             ["attention.wqkv"],
             ["attention.wo"],
@@ -123,6 +124,34 @@ def inputs_of(model: DualAR, name: str, tokens: Tensor, mask: Tensor) -> Tensor:
             model.slow.forward_hidden(tokens[row : row + 1, :, : int(mask[row].sum())])
     hook.remove()
     return torch.cat(rows)
+
+
+def test_weights_of_text_and_speech_reach_the_hessian(
+    tmp_path: Path, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first module's Hessian is the formula's over the inputs that the dense model gives it."""
+    seen: dict[str, Tensor] = {}
+
+    class Spy(Hessian):
+        def matrix(self) -> Tensor:
+            seen[self.name] = super().matrix()
+            return seen[self.name].clone()
+
+    monkeypatch.setattr(loop_module, "Hessian", Spy)
+    name = f"{BLOCKS}.0.attention.wqkv"
+    plan = plan_of(tmp_path, checkpoint, [{"quantize": name}, {"keep": "**"}])
+    calibration = replace(plan.recipe.calibration, weights=PositionWeights(text=0.5, speech=3.0))
+    plan = replace(plan, recipe=replace(plan.recipe, calibration=calibration))
+    records = run(plan, checkpoint, batches, tmp_path / "run")
+    model = load_model(checkpoint, dtype=torch.bfloat16)
+    rows = torch.cat([inputs_of(model, name, *batch) for batch in batches[:-1]]).float()
+    speech = torch.cat([model.slow.is_semantic(tokens)[mask] for tokens, mask in batches[:-1]])
+    assert 0 < int(speech.sum()) < len(speech)
+    weights = torch.where(speech, 3.0, 0.5)
+    expected = sum(2 * w * torch.outer(x, x) for w, x in zip(weights, rows, strict=True)) / weights.sum()
+    assert (seen[name] - expected).norm() / expected.norm() < 2e-3
+    assert (seen[name] - 2 * rows.T @ rows / len(rows)).norm() / expected.norm() > 0.05  # the weights matter
+    assert records[0]["num_tokens"] == len(rows)
 
 
 def test_killed_anywhere_and_resumed_is_bit_identical(

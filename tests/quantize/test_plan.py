@@ -51,9 +51,36 @@ def test_group_128_at_the_real_size(tmp_path: Path) -> None:
     assert make_plan(load_recipe(tmp_path / "g128.yaml"), REAL).num_bytes == 4_036_617_216
 
 
+PRO = {
+    "s2-pro-w4a16": (171, 4_238_063_616),
+    "s2-pro-w4a16-g128": (171, 4_036_617_216),
+    "s2-pro-w8a16": (180, 5_578_641_408),
+    "s2-pro-w4a16-fast8": (192, 3_833_937_920),
+    "s2-pro-w4a16-text": (171, 4_238_063_616),
+}
+
+
+@pytest.mark.parametrize("name", PRO)
+def test_the_readme_says_what_the_plan_says(name: str) -> None:
+    path = default_recipe(name)
+    plan = make_plan(load_recipe(path), REAL)
+    assert (len(plan.quantized), plan.num_bytes) == PRO[name]
+    row = next(line for line in (path.parent / "README.md").read_text("utf-8").splitlines() if f"`{name}.yaml`" in line)
+    assert row.endswith(f"| {len(plan.quantized)} | {plan.num_bytes:,} |")
+
+
+def test_every_kind_of_recipe_has_one_for_each_model() -> None:
+    names = {path.stem for path in default_recipe("tiny-w4a16").parent.glob("*.yaml")}
+    kinds = {name.removeprefix("s2-pro-") for name in names if name.startswith("s2-pro-")}
+    assert kinds == {"w4a16", "w4a16-g128", "w8a16", "w4a16-fast8", "w4a16-text"}
+    assert names == {f"{model}-{kind}" for model in ("s2-pro", "s2-mini") for kind in kinds} | {
+        f"tiny-{kind.replace('g128', 'g64')}" for kind in kinds
+    }
+
+
 def test_every_recipe_loads() -> None:
     paths = sorted(default_recipe("tiny-w4a16").parent.glob("*.yaml"))
-    assert len(paths) >= 2
+    assert len(paths) == 15
     for path in paths:
         recipe = load_recipe(path)
         assert recipe.name == path.stem

@@ -1,0 +1,167 @@
+"""The calibration set of a run: found, or spoken by the model, alone or shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines
+from s2quant.calibrate.sequences import CalibrationSet, load_set, make_batches, make_sequences, save_set
+from s2quant.checkpoint.reader import Checkpoint
+from s2quant.codec import load_codec
+from s2quant.errors import UserError
+from s2quant.files import check_new
+from s2quant.prompt import Tokenizer
+from s2quant.quantize.exchange import Exchange
+from s2quant.recipe import Recipe
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.load import load_model
+
+Report = Callable[[str, int, int], None]
+"""Called with a phase, the steps done and the steps in all."""
+
+
+def calibration_lines(recipe: Recipe, eval_folder: Path | None, num_sequences: int | None) -> list[CalibrationLine]:
+    """Choose the lines of a run.
+
+    Args:
+        recipe: The recipe.
+        eval_folder: Texts that calibration must not contain; None skips the check.
+        num_sequences: Instead of the recipe's number.
+
+    Returns:
+        The lines, in order.
+
+    Raises:
+        UserError: The source cannot be read, or shares a text with the evaluation.
+    """
+    source = recipe.calibration.source
+    lines = read_lines(source if source.startswith("hf:") else recipe.calibration_path)
+    if eval_folder is not None:
+        check_disjoint(lines, eval_folder)
+    return select_lines(lines, num_sequences or recipe.calibration.num_sequences, recipe.calibration.seed)
+
+
+def calibration_set(
+    path: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    lines: Sequence[CalibrationLine],
+    key: str,
+    device: torch.device,
+    num_slots: int,
+    exchange: Exchange,
+    report: Report,
+    codec_device: torch.device | None = None,
+) -> CalibrationSet:
+    """Find the calibration set, or let the model speak it and keep it.
+
+    Args:
+        path: Where it is, or will be.
+        recipe: The recipe.
+        checkpoint: The bf16 model.
+        lines: From `calibration_lines`.
+        key: From `calibration_key`.
+        device: Where the model speaks.
+        num_slots: Utterances in progress at a time.
+        exchange: The processes that share the lines; all get the whole set.
+        report: Told of progress.
+        codec_device: Where the voices of lines are encoded; None: on the device.
+
+    Returns:
+        The set.
+
+    Raises:
+        UserError: The file found is not this set, or lines cannot be spoken.
+    """
+    if exchange.agree(path.exists()):
+        return stored_set(path, key, checkpoint)
+    exchange.once(lambda: check_new(path))
+    codec = None
+    if any(line.voice is not None for line in lines):
+        codec = load_codec(checkpoint.folder, device=codec_device or device)
+    report("calibration speech", 0, len(lines))
+    engine = Engine(
+        load_model(checkpoint, device), Tokenizer.load(checkpoint.folder, checkpoint.config), codec, num_slots=num_slots
+    )
+    made = make_sequences(
+        engine,
+        lines,
+        recipe.calibration,
+        key,
+        recipe.calibration_path.parent,
+        lambda done: report("calibration speech", done, len(lines)),
+        exchange.owns,
+        exchange.merge,
+    )
+    exchange.once(lambda: save_set(made, path))
+    return made
+
+
+def stored_set(path: Path, key: str, checkpoint: Checkpoint) -> CalibrationSet:
+    """Read a calibration set and refuse one of another run.
+
+    Args:
+        path: The file.
+        key: From `calibration_key`.
+        checkpoint: The model.
+
+    Returns:
+        The set.
+
+    Raises:
+        UserError: The file is unreadable or was made from something else.
+    """
+    found = load_set(path, checkpoint.config.num_codebooks)
+    if found.key != key:
+        raise UserError(
+            f"{path} was made from other lines, settings or weights (key {found.key[:12]}, not {key[:12]})",
+            "a calibration set of this model and recipe",
+            "remove it or name another --calibration",
+        )
+    return found
+
+
+def calibration_facts(calibration: CalibrationSet, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Summarise a calibration set for the manifest.
+
+    Args:
+        calibration: The set.
+        checkpoint: The model it was made with.
+
+    Returns:
+        Counts and the key.
+    """
+    config = checkpoint.config
+    return {
+        "key": calibration.key,
+        "num_sequences": len(calibration.sequences),
+        "num_positions": calibration.num_positions,
+        "num_frames": calibration.num_frames(config.semantic_begin_id, config.semantic_end_id),
+        "dropped": dict(calibration.dropped),
+    }
+
+
+def split_batches(calibration: CalibrationSet, recipe: Recipe, pad_id: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Pad the sequences into batches, those held out at the end.
+
+    Args:
+        calibration: The set.
+        recipe: Says batch size and the share held out.
+        pad_id: Token id of the padding.
+
+    Returns:
+        Batches of tokens and mask, and how many of them, at the end, are held out.
+    """
+    sequences, settings = calibration.sequences, recipe.calibration
+    num_held = min(len(sequences) - 1, round(len(sequences) * settings.holdout))
+    if settings.holdout and len(sequences) > 1:
+        num_held = max(1, num_held)
+    split = len(sequences) - num_held
+    used = make_batches(sequences[:split], settings.batch_size, pad_id)
+    held = make_batches(sequences[split:], settings.batch_size, pad_id)
+    return used + held, len(held)

@@ -1,0 +1,199 @@
+"""Several processes that quantize one model together, and end with the same bytes as one alone.
+
+Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; the
+products of n consecutive batches are exchanged and added in the order of the batches by everybody, so every process
+holds the sum that one alone would have. Linears of a subset are solved in turn by different processes, and what one
+found is sent to all. Nothing else crosses: held-out batches are run by everybody.
+
+Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
+computed by the same operations on the same numbers, whoever computes it. An error of one process is raised in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from s2quant.errors import S2QuantError, UserError, VerificationError
+from s2quant.packing import QuantizedWeight
+from s2quant.quantize.hessian import Hessian, Product
+
+T = TypeVar("T")
+WEIGHT_TENSORS = ("codes", "scales", "zeros", "g_idx")
+Solved = tuple[QuantizedWeight, Mapping[str, Any]]
+"""A quantized linear and its record."""
+Task = Callable[[], Solved]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One process among those that quantize together; the default is one alone.
+
+    Args:
+        rank: Its number, from 0.
+        world: Their number.
+        group: torch's group for tensors on the device; None is the default group.
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def owns(self, index: int) -> bool:
+        """Tell whether a batch, or a linear of a subset, is this process's.
+
+        Args:
+            index: Its number.
+
+        Returns:
+            True for every world-th.
+        """
+        return index % self.world == self.rank
+
+    def accumulate(self, hessian: Hessian, product: Product | None) -> None:
+        """Add the products of n consecutive batches, one of each process, in the order of the processes; in place.
+
+        Args:
+            hessian: The sum.
+            product: This process's; None when it has none, or none of its rows counts.
+        """
+        if self.world == 1:
+            if product is not None:
+                hessian.accumulate(product)
+            return
+        counts: list[tuple[int, float] | None] = [None] * self.world
+        dist.all_gather_object(counts, None if product is None else (product.num_tokens, product.total))
+        for rank, count in enumerate(counts):
+            if count is None:
+                continue
+            matrix = product.matrix if product is not None and rank == self.rank else self._empty(hessian)
+            dist.broadcast(matrix, rank, group=self.group)
+            hessian.accumulate(Product(matrix=matrix, num_tokens=count[0], total=count[1]))
+
+    def _empty(self, hessian: Hessian) -> Tensor:
+        return torch.empty(hessian.in_features, hessian.in_features, device=hessian.device)
+
+    def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Solved]:
+        """Work on tasks side by side, each in one process, and give all results to all.
+
+        Args:
+            tasks: The same list in every process.
+            device: Where the results are wanted.
+
+        Returns:
+            One result per task, in order.
+
+        Raises:
+            UserError: A task raised one; raised in every process.
+        """
+        if self.world == 1:
+            return [task() for task in tasks]
+        mine: dict[int, Solved | UserError] = {}
+        for index, task in enumerate(tasks):
+            if self.owns(index):
+                try:
+                    mine[index] = task()
+                except UserError as error:
+                    mine[index] = error
+        return [self._share(mine.get(index), index % self.world, device) for index in range(len(tasks))]
+
+    def agree(self, value: T) -> T:
+        """Take the first process's value of something that others may see otherwise, such as whether a file exists.
+
+        Args:
+            value: This process's.
+
+        Returns:
+            The first process's.
+        """
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    def once(self, action: Callable[[], object]) -> None:
+        """Let the first process do something that is done once; the others wait for it.
+
+        Args:
+            action: What is done.
+
+        Raises:
+            UserError: The action raised one; raised in every process.
+            VerificationError: As UserError.
+        """
+        error: S2QuantError | None = None
+        if self.is_first:
+            try:
+                action()
+            except S2QuantError as caught:
+                if self.world == 1:
+                    raise
+                error = caught
+        found = self.agree(None if error is None else vars(error))
+        if error is not None:
+            raise error
+        if found is not None:
+            raise UserError(**found) if "got" in found else VerificationError(**found)
+
+    def merge(self, mine: Mapping[int, T]) -> dict[int, T]:
+        """Put together what all processes have.
+
+        Args:
+            mine: This process's part; no key is in two parts.
+
+        Returns:
+            All parts, by key in order.
+        """
+        parts: list[Mapping[int, T]] = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, mine)
+        return dict(sorted(item for part in parts for item in part.items()))
+
+    def _share(self, result: Solved | UserError | None, owner: int, device: torch.device) -> Solved:
+        """Send one result, or one error, from its owner to all."""
+        facts: list[Any] = [None]
+        if isinstance(result, UserError):
+            facts = [(result.got, result.expected, result.todo)]
+        elif result is not None:
+            weight, record = result
+            sizes = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in WEIGHT_TENSORS}
+            facts = [{"record": record, "sizes": sizes, "bits": weight.bits, "group_size": weight.group_size}]
+        dist.broadcast_object_list(facts, owner)
+        found = facts[0]
+        if isinstance(found, tuple):
+            raise UserError(*found)
+        tensors = {}
+        for name, (shape, dtype) in found["sizes"].items():
+            if owner == self.rank:
+                assert result is not None and not isinstance(result, UserError)
+                tensors[name] = getattr(result[0], name).to(device).contiguous()
+            else:
+                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(tensors[name], owner, group=self.group)
+        weight = QuantizedWeight(**tensors, bits=found["bits"], group_size=found["group_size"])
+        return weight, found["record"]
+
+
+def join_exchange(rank: int, world: int, device: torch.device) -> Exchange:
+    """Take part in an exchange; the processes have joined torch's default group, on the CPU's backend.
+
+    Args:
+        rank: Number of this process.
+        world: Number of processes.
+        device: Where this process works; on CUDA, tensors go by NCCL.
+
+    Returns:
+        This process's exchange.
+    """
+    group = dist.new_group(backend="nccl") if world > 1 and device.type == "cuda" else None
+    return Exchange(rank=rank, world=world, group=group)

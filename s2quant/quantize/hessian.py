@@ -1,0 +1,136 @@
+"""The Hessian of a linear's squared output error, summed batch by batch over calibration inputs.
+
+H = 2 sum(w x x^T) / sum(w) over positions x with weight w; without weights w is 1, and what is computed is bit for bit
+what gptqmodel computes. The sum goes batch by batch in the order of the batches. A batch's own product depends on
+nothing else, so several processes can each compute some, and adding them in that same order gives the same bits.
+
+Legend: K inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2quant.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Product:
+    """What one batch adds.
+
+    Args:
+        matrix: sum(w x x^T), float32 [K, K].
+        num_tokens: Rows of a weight above 0.
+        total: sum(w).
+    """
+
+    matrix: Tensor
+    num_tokens: int
+    total: float
+
+
+class Hessian:
+    """Weighted sum of X^T X over calibration inputs; serves every linear that reads that input.
+
+    Args:
+        in_features: K.
+        name: How messages name the module (or the first of them).
+        device: Where the sum lives; None for that of the first inputs.
+    """
+
+    def __init__(self, in_features: int, name: str, device: torch.device | str | None = None) -> None:
+        self.in_features, self.name = in_features, name
+        self.num_tokens = 0
+        self._total = 0.0
+        self._device = None if device is None else torch.device(device)
+        self._sum: Tensor | None = None  # float32 [K, K]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum lives; the CPU while nothing is known of it."""
+        return self._device or torch.device("cpu")
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add calibration inputs, in place; a temporary of [K, K] and a float32 copy of `x` are made.
+
+        Args:
+            x: Floating point [rows, K] or [..., K], padding already dropped.
+            weights: Float [rows] or [...], 0 or more; None: all 1.
+
+        Raises:
+            UserError: An input is NaN or infinite.
+        """
+        product = self.product(x, weights)
+        if product is not None:
+            self.accumulate(product)
+
+    @torch.no_grad()
+    def product(self, x: Tensor, weights: Tensor | None = None) -> Product | None:
+        """Compute what a batch would add.
+
+        Args:
+            x: As `add`.
+            weights: As `add`.
+
+        Returns:
+            The product, or None when no row counts.
+
+        Raises:
+            UserError: An input is NaN or infinite.
+        """
+        assert x.shape[-1] == self.in_features and x.is_floating_point(), (self.name, x.shape, x.dtype)
+        rows = x.detach().reshape(-1, self.in_features).to(self._device or x.device)
+        if weights is not None:
+            weights = weights.reshape(-1).to(rows.device, torch.float32)
+            assert len(weights) == len(rows), (self.name, weights.shape, rows.shape)
+            rows, weights = rows[weights > 0], weights[weights > 0]
+        if rows.shape[0] == 0:
+            return None
+        bad = ~torch.isfinite(rows).all(dim=1)
+        if bool(bad.any()):
+            raise UserError(
+                f"{self.name}: {int(bad.sum())} of {rows.shape[0]} calibration inputs hold NaN or infinity",
+                "finite activations",
+                "check the weights of the layers before it and the calibration lines, or run in bf16 or float32",
+            )
+        rows = rows.contiguous().to(torch.float32)
+        total = float(len(rows))
+        if weights is not None:
+            rows, total = rows * weights.sqrt()[:, None], float(weights.double().sum())
+        return Product(matrix=torch.matmul(rows.T, rows), num_tokens=len(rows), total=total)
+
+    @torch.no_grad()
+    def accumulate(self, product: Product) -> None:
+        """Add a batch's product, in place; the order of calls decides the last bits.
+
+        Args:
+            product: From `product`; its matrix may become the sum itself.
+        """
+        if self._sum is None:
+            self._sum, self._device = product.matrix, product.matrix.device
+        else:
+            self._sum.add_(product.matrix)
+        self.num_tokens += product.num_tokens
+        self._total += product.total
+
+    def matrix(self) -> Tensor:
+        """Compute the Hessian of the squared output error, 2/n X^T X, n being the sum of the weights.
+
+        Returns:
+            A new float32 [K, K].
+
+        Raises:
+            UserError: No inputs were added, or the sum overflowed.
+        """
+        if self._sum is None:
+            raise UserError(f"{self.name}: no calibration inputs", "at least one position", "add calibration lines")
+        if not bool(torch.isfinite(self._sum).all()):
+            raise UserError(
+                f"{self.name}: X^T X overflows float32",
+                "activations below about 1e18",
+                "keep this module in bf16, or check the layers before it",
+            )
+        return self._sum * (2.0 / self._total)
