@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mini.common import CODEC_RATE, FRAME_SIZE, Budget, Log, Speech, Step, cosine, save
+from mini.common import CODEC_RATE, FRAME_SIZE, Budget, Log, Speech, Step, cosine, release_memory, save
 from mini.speech import PHONES
 from s2quant.codec import Codec, CodecConfig, TransformerSize, codec_from_state, random_codec_state, unfold_state
 
@@ -243,6 +243,11 @@ class Trainer:
         index = first[:, None] + torch.arange(self.row_frames, device=self.device)
         return {"wav": sound[index].flatten(1)[:, None].float() / 32768, "labels": labels[index].long()}
 
+    def give_up_compiling(self) -> None:
+        """Use the functions as they are."""
+        self.encode, self.decode = self.codec.encode_latent, self.codec.decode_latent
+        self.quantize = self.codec.quantize
+
     def warm_up(self) -> None:
         """Compile both kinds of step; nothing is learned."""
         size = self.rows, 1, self.row_frames * FRAME_SIZE
@@ -286,6 +291,7 @@ class Trainer:
                 )
                 if not speech.complete and speech.refresh():
                     sound = torch.cat([sound, speech.framed(loaded)])
+                    release_memory()
                     loaded, labels, starts = len(speech.rows), speech.phones.to(self.device), speech.frame_starts
             if quantized and budget.fraction > saved + 0.2:
                 saved = budget.fraction

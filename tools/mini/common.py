@@ -5,6 +5,7 @@ Legend: S samples at 16 kHz, F frames, B batch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -114,6 +115,7 @@ def wait_for(path: Path, log: Log, poll_s: float = 0.2) -> Path:
     return path
 
 
+@functools.cache
 def sinc_kernel(rate_in: int, rate_out: int, zeros: int = 16, rolloff: float = 0.97) -> tuple[Tensor, int, int]:
     """A windowed-sinc resampler, one filter per output phase: float64 [width, out], input step, left context."""
     common = math.gcd(rate_in, rate_out)
@@ -136,10 +138,10 @@ def resample(wav: Tensor, rate_in: int, rate_out: int) -> Tensor:
 
 
 class Speech:
-    """The parts that are there so far: audio flat on the device, texts on the host."""
+    """The parts that are there so far: audio flat on the device (if it is wanted), texts on the host."""
 
-    def __init__(self, folder: Path, device: str, split: str = "train") -> None:
-        self.folder, self.device, self.split = folder, device, split
+    def __init__(self, folder: Path, device: str, split: str = "train", with_audio: bool = True) -> None:
+        self.folder, self.device, self.split, self.with_audio = folder, device, split, with_audio
         self.rows: list[dict[str, Any]] = []
         self.samples = np.zeros(0, np.int64)
         self.frames = np.zeros(0, np.int64)
@@ -171,7 +173,8 @@ class Speech:
         pieces, phones, samples, frames = [self.audio], [self.phones], [self.samples], [self.frames]
         for path in new:
             with np.load(path) as data:
-                pieces.append(torch.from_numpy(data["audio"]).to(self.device))
+                if self.with_audio:
+                    pieces.append(torch.from_numpy(data["audio"]).to(self.device))
                 phones.append(torch.from_numpy(data["phones"]))
                 samples.append(data["samples"].astype(np.int64))
                 frames.append(data["frames"].astype(np.int64))
@@ -180,6 +183,8 @@ class Speech:
         if new:
             self.audio, self.phones = torch.cat(pieces), torch.cat(phones)
             self.samples, self.frames = np.concatenate(samples), np.concatenate(frames)
+            pieces.clear()
+            release_memory()
         return len(new)
 
     def wait(self, num_parts: int, log: Log) -> None:
@@ -215,6 +220,27 @@ class Speech:
         if not pieces:
             return torch.zeros(0, FRAME_SIZE, dtype=torch.int16, device=self.device)
         return torch.cat(pieces).view(-1, FRAME_SIZE)
+
+
+def release_memory() -> None:
+    """Give memory that is not in use back to the device, which other parts share.
+
+    What grows by being put together anew leaves behind blocks that are too small for its next size.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compiled_or_not(warm_up: Callable[[], None], give_up: Callable[[], None], log: Log) -> None:
+    """Compile by a first call; where the compiler fails, say so and go on without it: slower, not wrong."""
+    started = time.time()
+    try:
+        warm_up()
+    except RuntimeError as error:  # the compiler's own errors are RuntimeErrors, whatever they were caused by
+        log("not compiled", error=f"{type(error).__name__}: {error}"[:500])
+        give_up()
+        warm_up()
+    log("warm", seconds=time.time() - started)
 
 
 def word_errors(reference: Sequence[str], heard: Sequence[str]) -> int:

@@ -212,13 +212,14 @@ class Trainer:
     def __init__(
         self, raw: dict[str, Any], device: str, seed: int, log: Log, compiled: bool, batch: int, num_targets: int
     ) -> None:
-        self.raw, self.config, self.device, self.log = raw, S2Config.from_json(raw), device, log
+        self.raw, self.config, self.log = raw, S2Config.from_json(raw), log
+        self.device = torch.zeros((), device=device).device  # with its number: what is kept per device is found again
         self.batch, self.num_targets = batch, num_targets
         self.model = DualAR(self.config)
         initialise(self.model, seed)
         self.model.to(device)
-        table = self.model.slow.rotary.table(LENGTH, torch.device(device)).clone()
-        self.model.fast.rotary.table(self.config.num_codebooks, torch.device(device))
+        table = self.model.slow.rotary.table(LENGTH, self.device).clone()
+        self.model.fast.rotary.table(self.config.num_codebooks, self.device)
         losses = Losses(self.model, table)
         self.plain_losses = losses  # for checks: compiling them without gradients would cost half a minute
         self.losses = torch.compile(losses, dynamic=False) if compiled else losses
@@ -233,7 +234,11 @@ class Trainer:
             others, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, capturable=cuda, foreach=cuda
         )
         self.parameters = [p for _, p in named]
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def give_up_compiling(self) -> None:
+        """Use the model as it is."""
+        self.losses = self.plain_losses
 
     def _step(self, **batch: Tensor) -> dict[str, Tensor]:
         for p in self.parameters:
@@ -257,7 +262,8 @@ class Trainer:
             "position": torch.arange(LENGTH, device=self.device).expand(self.batch, -1).contiguous(),
             "counts": torch.ones(self.num_targets, device=self.device),
         }  # fmt: skip
-        self._step(**batch)  # both rates are 0
+        for _ in range(2):  # both rates are 0; a second call shows that nothing is compiled again
+            self._step(**batch)
         self.adam.state.clear()
         for buffer in self.muon.buffers:
             buffer.zero_()

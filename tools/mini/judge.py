@@ -43,6 +43,7 @@ from s2quant.prompt import Voice
 from s2quant.runtime.speech import Request
 
 TAG_SENTENCES = 6
+BATCH = 64  # clips read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +173,8 @@ def transcribe(clips: list[Clip], path: Path, device: str) -> None:
 
     model = whisper.load_model(str(path), device=device)
     size = recognizer.MAX_SECONDS * SAMPLE_RATE
-    for first in range(0, len(clips), 32):
-        batch = clips[first : first + 32]
+    for first in range(0, len(clips), BATCH):
+        batch = clips[first : first + BATCH]
         wav = torch.zeros(len(batch), size)
         for row, clip in zip(wav, batch, strict=True):
             row[: len(clip.audio)] = torch.from_numpy(clip.audio[:size])

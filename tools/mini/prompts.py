@@ -2,7 +2,7 @@
 
 Legend: N codebooks, F frames, T positions of a row, R rows.
 
-    python -m mini.prompts --data DIR --codes FILE --tokenizer DIR --out DIR      (from tools/)
+    python -m mini.prompts --data DIR --codes FILE --tokenizer DIR --out DIR      (from tools/; waits for FILE)
 
 Kinds of conversation: one voice cloned from another sentence of it; no reference (then the default voice speaks);
 speakers 0 to 3 without references (each has a default voice); two cloned speakers in a dialogue; earlier turns.
@@ -31,7 +31,7 @@ from s2quant.prompt.build import conversation
 
 DEFAULT_VOICES = VOICES  # of speakers 0 to 3, when a text has speaker marks and no references
 KINDS = {"clone": 40, "plain": 22, "speakers": 12, "dialogue": 16, "history": 10}
-CHUNK_ROWS = 4000
+CHUNK_ROWS = 1000  # small, so that training begins soon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,21 +171,24 @@ def main() -> None:
     parser.add_argument("--codes", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--chunks", type=int, default=28)
+    parser.add_argument("--chunks", type=int, default=112)
     parser.add_argument("--rows", type=int, default=CHUNK_ROWS, help="of a chunk")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
-    started = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.load(args.tokenizer)
+    while not args.codes.exists():  # started before they are there, so that imports cost nothing
+        time.sleep(0.2)
+    started = time.time()
     saved = torch.load(args.codes, weights_only=True)
     for split in ("validation", "train"):
-        speech = Speech(args.data, "cpu", split)
+        speech = Speech(args.data, "cpu", split, with_audio=False)
         speech.refresh()
+        assert saved[split].shape[1] == speech.frames.sum(), "codes of other speech"
         _shared[split] = Spoken.of(speech, saved[split]), tokenizer
-    jobs = [("validation", args.out, 0, args.rows // 4, args.length, args.seed)]
+    jobs = [("validation", args.out, 0, args.rows // 2, args.length, args.seed)]
     jobs += [("train", args.out, number, args.rows, args.length, args.seed) for number in range(1, args.chunks + 1)]
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         for done, _ in enumerate(pool.imap_unordered(_write_chunk, jobs), 1):

@@ -5,7 +5,8 @@
 Every part is a process of its own and waits for the file it needs; times are seconds since the start, so a slower
 machine trains less but ends in time. What is finished is copied to OUT at once and then again when it is better:
 model-0000?-of-00002.safetensors, codec.pth, whisper-mini.pt and rest.tar.gz (config, tokenizer, index, logs, judgement,
-samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of seconds for tests.
+samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of three minutes on two cores, of no
+use but as a test.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--total", type=float, default=572, help="seconds for everything")
     parser.add_argument("--recognizer-until", type=float, default=175)
     parser.add_argument("--codec-until", type=float, default=265)
-    parser.add_argument("--dual-until", type=float, default=518)
+    parser.add_argument("--dual-until", type=float, default=512)
     parser.add_argument("--round-trip-seconds", type=float, default=60)
     parser.add_argument("--dual-compile-at", type=float, default=95, help="not before the data is spoken")
     parser.add_argument("--count", type=int, default=30000, help="training utterances")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) - 3))
-    parser.add_argument("--chunks", type=int, default=28, help="of 4,000 packed rows each")
+    parser.add_argument("--chunks", type=int, default=112, help="of 1,000 packed rows each")
     parser.add_argument("--codec-rows", type=int, default=4)
     parser.add_argument("--dual-rows", type=int, default=48)
     parser.add_argument("--clips", type=int, default=120, help="spoken and judged at the end")
@@ -57,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--origin", type=float, default=0.0)
     args = parser.parse_args()
     args.flite = args.flite.resolve()
+    if args.small:  # shorter stretches, of its own
+        args.recognizer_until, args.codec_until, args.dual_until, args.round_trip_seconds = 50, 75, 115, 8
     if args.collect is None and args.out is None:
         parser.error("--out or --collect is needed")
     return args
@@ -106,7 +109,7 @@ def run_recognizer(part: Part) -> None:
     args, small = part.args, part.args.small
     dims = recognizer.DIMS | ({"n_audio_layer": 1, "n_text_layer": 1} if small else {})
     trainer = recognizer.Trainer(dims, part.device, part.seed, part.log, compiled=False)
-    train, check = part.speech("train", 6), part.speech("validation", 1)
+    train, check = part.speech("train", 12), part.speech("validation", 1)
     size = 2 if small else 48
     path = part.work / "whisper-mini.pt"
     batches = recognizer.Batches([train], trainer.tokenizer, size, part.seed, recognizer.MAX_SECONDS)
@@ -158,7 +161,7 @@ def run_codec(part: Part) -> None:
     import torch
 
     from mini import codec
-    from mini.common import save
+    from mini.common import compiled_or_not, release_memory, save
     from s2quant.codec import CodecConfig, load_codec
 
     torch.backends.cudnn.benchmark = True
@@ -171,10 +174,8 @@ def run_codec(part: Part) -> None:
     rows, row_frames = (1, 8) if small else (part.args.codec_rows, 128)
     trainer = codec.Trainer(config, part.device, part.seed, part.log, part.compiled, rows, row_frames)
     if part.device == "cuda":
-        started = time.time()
-        trainer.warm_up()
-        part.log("compiled", seconds=time.time() - started)
-    train = part.speech("train", 6)
+        compiled_or_not(trainer.warm_up, trainer.give_up_compiling, part.log)
+    train = part.speech("train", 12)
     path = part.work / "codec.pth"
     trainer.train(train, part.until(part.args.codec_until), 1e-3, path)
     shutil.copyfile(path, part.work / "codec.partial")
@@ -185,6 +186,7 @@ def run_codec(part: Part) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False
     del trainer
+    release_memory()
     shipped = load_codec(part.work / FINAL_CODEC, device=part.device)
     train.wait(10**6, part.log)
     check = part.speech("validation", 1)
@@ -201,7 +203,7 @@ def run_codec(part: Part) -> None:
 
 def run_dual(part: Part) -> None:
     from mini import dual
-    from mini.common import wait_for
+    from mini.common import compiled_or_not, wait_for
     from mini.tokenizer import write_tokenizer
 
     args, small = part.args, part.args.small
@@ -220,11 +222,8 @@ def run_dual(part: Part) -> None:
     part.log("sizes", parameters=dual.num_parameters(trainer.model))
     if part.device == "cuda":
         time.sleep(max(0.0, args.origin + args.dual_compile_at - time.time()))
-        started = time.time()
-        trainer.warm_up()
-        part.log("compiled", seconds=time.time() - started)
+        compiled_or_not(trainer.warm_up, trainer.give_up_compiling, part.log)
 
-    wait_for(part.work / CODES, part.log)
     rows_folder = part.work / "rows"
     command = [sys.executable, "-m", "mini.prompts", "--data", part.work / "data", "--codes", part.work / CODES]
     command += ["--tokenizer", part.work / "tokenizer", "--out", rows_folder, "--chunks", args.chunks]
@@ -232,6 +231,7 @@ def run_dual(part: Part) -> None:
     if small:
         command += ["--rows", 40]
     builder = subprocess.Popen([str(word) for word in command], cwd=ROOT / "tools", env=environment(1))
+    wait_for(part.work / CODES, part.log)
     rows, check = (dual.Rows(rows_folder, part.device, validation) for validation in (False, True))
     while rows.refresh() == 0 or check.refresh() == 0:
         time.sleep(0.2)
@@ -278,7 +278,7 @@ def run_data(part_args: argparse.Namespace) -> None:
 
     os.nice(10)  # the compilers of the other parts come first
     count, held_out = (40, 40) if part_args.small else (part_args.count, 400)
-    size = 20 if part_args.small else 500
+    size = 20 if part_args.small else 250
     frames = speech.generate(
         part_args.work / "data", count, held_out, part_args.seed, part_args.flite, part_args.processes, size
     )
@@ -358,7 +358,10 @@ def orchestrate(args: argparse.Namespace) -> int:
         for name in [n for f in failed for n in needed.get(f, ()) if n in running]:
             running.pop(name).terminate()  # it would wait for ever
         if time.time() - published > 20:
-            publish(args, stamps)
+            try:
+                publish(args, stamps)
+            except FileNotFoundError as error:  # replaced while it was being copied: the next time will do
+                print(f"not copied yet: {error}", flush=True)
             published = time.time()
     for name, process in running.items():
         print(f"{name} is stopped: time is up", flush=True)
