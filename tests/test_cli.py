@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from folder_cases import REPOSITORY, SINGLE, link_copy, listing
 
-from s2quant import __version__
+from s2quant import __version__, demo
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.cli import main
 from s2quant.errors import VerificationError
-from s2quant.export import demo, quantized, random
+from s2quant.export import quantized, random
 from s2quant.export.random import s2_pro_config, tiny_config
 from s2quant.export.verify import inspect_folder
 from s2quant.records import folder_hashes

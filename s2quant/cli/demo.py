@@ -11,14 +11,14 @@ from s2quant.cli.common import add_quiet, progress
 
 def add(commands: Any) -> None:
     """Add the command."""
-    command = commands.add_parser("demo", help="the whole job on a tiny checkpoint, on a CPU")
+    command = commands.add_parser("demo", help="the whole job on the bundled checkpoint, on a CPU")
     command.set_defaults(run=_demo)
     command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to put everything")
     add_quiet(command)
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from s2quant.export.demo import run_demo
+    from s2quant.demo import run_demo
 
     with progress(options.quiet) as report:
         rows = run_demo(options.out, report)

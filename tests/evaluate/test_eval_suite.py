@@ -49,10 +49,19 @@ def refusal(path: Path, texts: Path | None = None) -> str:
 
 
 def test_every_suite_that_comes_with_s2quant_is_here() -> None:
-    assert [path.stem for path in SUITES] == ["demo-en", "multilingual", "seed-tts-en", "seed-tts-zh", "smoke-en"]
+    assert [path.stem for path in SUITES] == [
+        "demo-en",
+        "mini-en",
+        "multilingual",
+        "seed-tts-en",
+        "seed-tts-zh",
+        "smoke-en",
+    ]
 
 
-@pytest.mark.parametrize(("name", "count"), [("demo-en", 200), ("smoke-en", 50), ("multilingual", 200)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("demo-en", 200), ("mini-en", 200), ("smoke-en", 50), ("multilingual", 200)]
+)
 def test_suites_with_texts_of_their_own_load(name: str, count: int) -> None:
     suite = load_suite(ROOT / "eval/suites" / f"{name}.yaml")
     assert (suite.name, len(suite.utterances)) == (name, count)

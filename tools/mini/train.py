@@ -5,8 +5,8 @@
 Every part is a process of its own and waits for the file it needs; times are seconds since the start, so a slower
 machine trains less but ends in time. What is finished is copied to OUT at once and then again when it is better:
 model-0000?-of-00002.safetensors, codec.pth, whisper-mini.pt and rest.tar.gz (config, tokenizer, index, logs, judgement,
-samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of three minutes on two cores, of no
-use but as a test.
+samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of
+three minutes on two cores, of no use but as a test.
 """
 
 from __future__ import annotations
