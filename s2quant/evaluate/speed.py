@@ -92,7 +92,7 @@ def measure_speed(
         Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(max(batch_sizes))
     ]
     for arm in arms:
-        arm.engine.prepare(requests[0])
+        _check_room(arm.engine, requests[0])
     total, done = len(batch_sizes) * (1 + repeats) * len(arms), 0
     for batch_size in batch_sizes:
         for turn in range(1 + repeats):  # turn 0 is the warm-up
@@ -128,6 +128,18 @@ def _checked(
     if faults:
         raise UserError(shorten_list(faults), "something to be timed", "correct the numbers")
     return parse_device(device)
+
+
+def _check_room(engine: Engine, request: Request) -> None:
+    """Refuse a text that could not be followed by so many frames, or that is spoken in several batches."""
+    positions = engine.config.slow.max_seq_len
+    room = positions - engine.spoken_sequence(request, []).shape[1]
+    if room < request.max_frames or len(engine.prepare(request)) > 1:
+        raise UserError(
+            f"{request.max_frames} frames of a text that leaves room for {room}",
+            f"text and frames within {positions} positions, spoken in one batch",
+            "time a shorter text or fewer frames",
+        )
 
 
 def _load(name: str, folder: Path, device: torch.device, dtype: torch.dtype, linears: Backend, num_slots: int) -> _Arm:
@@ -178,14 +190,6 @@ def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, l
             first = time.perf_counter()
     _wait(engine.device)
     ended = time.perf_counter()
-    for speech in speeches:
-        wanted = requests[speech.index].max_frames
-        if speech.codes.shape[1] != wanted:
-            raise UserError(
-                f"a text that leaves room for {speech.codes.shape[1]} frames",
-                f"room for {wanted}",
-                "time a shorter text or fewer frames",
-            )
     return first - started, ended - first, speeches
 
 
