@@ -138,6 +138,30 @@ class KVCache:
 
         return [attend_for(layer) for layer in range(self.num_layers)]
 
+    def bucket_attends(self, positions: Tensor, context: int) -> list[Attend]:
+        """Make the `attend` functions of a step whose positions only the device knows; shapes depend on no value.
+
+        Args:
+            positions: int64 [B], where each of the first slots' new position goes.
+            context: Positions that are looked at; more than every position, at most the capacity.
+
+        Returns:
+            One function per layer; each takes T = 1 and B rows.
+        """
+        rows = torch.arange(len(positions), device=self.keys.device)
+        mask = (torch.arange(context, device=self.keys.device) <= positions[:, None])[:, None, None]
+
+        def attend_for(layer: int) -> Attend:
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                self.keys[layer, rows, :, positions] = k[:, 0]
+                self.values[layer, rows, :, positions] = v[:, 0]
+                keys, values = (part[layer, : len(rows), :, :context] for part in (self.keys, self.values))
+                return _attend_step(q, keys, values, mask)
+
+            return attend
+
+        return [attend_for(layer) for layer in range(self.num_layers)]
+
 
 def _attend_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attend from one query position per slot; heads that share keys are taken as query rows, so nothing is copied.

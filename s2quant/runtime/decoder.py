@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2quant.model import DualAR
+from s2quant.model import DualAR, FastAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw, draw_semantic, frame_uniforms
 
@@ -106,20 +106,44 @@ class Decoder:
             self.windows[slots] = torch.cat([window[:, 1:], semantic[:, None]], dim=1)
         ended = semantic == self.num_semantic
         token = torch.where(ended, self.config.im_end_id, semantic + self.config.semantic_begin_id)
-        codes = self._fast(hidden, semantic.masked_fill(ended, 0), rows, uniform_fast)
+        codes = residual_codes(
+            *(self.model.fast, self.fast_cache, hidden, semantic.masked_fill(ended, 0), rows, uniform_fast),
+            self.residual_size,
+        )
         return torch.cat([token[:, None], codes], dim=1)
 
-    def _fast(self, hidden: Tensor, semantic: Tensor, rows: SamplingRows, uniform: Tensor) -> Tensor:
-        """Draw the residual codes of one frame per slot: int64 [B, N], the semantic code first."""
-        fast, batch = self.model.fast, len(hidden)
-        table = fast.rotary.table(self.config.num_codebooks, self.device)
-        codes = [semantic]
-        x = torch.stack([fast.embed_hidden(hidden), fast.embed_code(semantic)], dim=1)  # positions 0 and 1
-        for index in range(1, self.config.num_codebooks):
-            start = 0 if index == 1 else index
-            attends = self.fast_cache.fill_attends(batch, start)
-            out = fast.blocks(x, table[start : index + 1], attends)
-            logits = fast.head(out[:, -1])[:, : self.residual_size]
-            codes.append(draw(logits, rows, uniform[:, index - 1]))
-            x = fast.embed_code(codes[-1])[:, None]
-        return torch.stack(codes, dim=1)
+
+def residual_codes(
+    fast: FastAR,
+    cache: KVCache,
+    hidden: Tensor,
+    semantic: Tensor,
+    rows: SamplingRows,
+    uniform: Tensor,
+    residual_size: int,
+) -> Tensor:
+    """Draw the residual codes of one frame per slot, in nine passes of the Fast AR.
+
+    Args:
+        fast: The Fast AR.
+        cache: Its cache, of B slots or more, written from position 0.
+        hidden: [B, D], normed, from the Slow AR.
+        semantic: int64 [B], the semantic codes.
+        rows: Sampling parameters of the B slots.
+        uniform: float32 [B, N - 1, R] in [0, 1).
+        residual_size: Entries R of a residual codebook.
+
+    Returns:
+        int64 [B, N]: all codes of the frame, the semantic one first.
+    """
+    batch, num_codebooks = len(hidden), fast.config.num_codebooks
+    table = fast.rotary.table(num_codebooks, hidden.device)
+    codes = [semantic]
+    x = torch.stack([fast.embed_hidden(hidden), fast.embed_code(semantic)], dim=1)  # positions 0 and 1
+    for index in range(1, num_codebooks):
+        start = 0 if index == 1 else index
+        out = fast.blocks(x, table[start : index + 1], cache.fill_attends(batch, start))
+        logits = fast.head(out[:, -1])[:, :residual_size]
+        codes.append(draw(logits, rows, uniform[:, index - 1]))
+        x = fast.embed_code(codes[-1])[:, None]
+    return torch.stack(codes, dim=1)

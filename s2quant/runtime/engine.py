@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ from s2quant.model import DualAR
 from s2quant.prompt import Tokenizer, Voice, build_prompt, check_text, prompt_budget, split_text
 from s2quant.runtime.audio import read_reference
 from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.sampling import Sampling, sampling_faults
 
+DecoderKind = Literal["plain", "fast"]
+DECODERS = ("plain", "fast")
 FIRST_CHUNK_FRAMES = 4
 LARGEST_CHUNK_FRAMES = 64
 
@@ -41,17 +46,29 @@ class Engine:
         tokenizer: Its tokenizer.
         codec: Its codec, or None when only codes are wanted.
         num_slots: Most utterances in progress at a time.
+        decoder: "plain": one operation after the other, read at every frame; "fast": the frame as one replayed
+            graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
 
     Raises:
-        UserError: num_slots is not positive.
+        UserError: num_slots is not positive, or the decoder is unknown.
     """
 
-    def __init__(self, model: DualAR, tokenizer: Tokenizer, codec: Codec | None = None, num_slots: int = 8) -> None:
+    def __init__(
+        self,
+        model: DualAR,
+        tokenizer: Tokenizer,
+        codec: Codec | None = None,
+        num_slots: int = 8,
+        decoder: DecoderKind = "plain",
+    ) -> None:
+        if decoder not in DECODERS:
+            raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
         if num_slots < 1:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
-        self.num_slots = num_slots
+        self.num_slots, self.decoder = num_slots, decoder
+        self._idle: FastDecoder | None = None  # its graphs outlive a run
         residual = codec.config.residual_size if codec is not None else 1024
         self.residual_size = min(residual, self.config.codebook_size)
 
@@ -164,8 +181,23 @@ class Engine:
             UserError: A request cannot be spoken; raised before any is.
         """
         batches = [self.prepare(request) for request in requests]
-        decoder = Decoder(self.model, min(self.num_slots, len(requests)), 0, self.residual_size)
-        return Slots(decoder, requests, batches, self._prompt).run()
+        num_slots = min(self.num_slots, len(requests))
+        if self.decoder == "fast":
+            return self._fast_events(num_slots, requests, batches)
+        return Slots(Decoder(self.model, num_slots, 0, self.residual_size), requests, batches, self._prompt).run()
+
+    def _fast_events(
+        self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
+    ) -> Iterator[Event]:
+        """Speak on the fast decoder: the one at rest if it has this many slots, a new one otherwise."""
+        decoder, self._idle = self._idle, None
+        if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
+            decoder = None  # freed before the next one is made
+            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size)
+        try:
+            yield from LaggedSlots(decoder, requests, batches, self._prompt).run()
+        finally:
+            self._idle = decoder
 
     def speak(self, request: Request) -> Speech:
         """Speak one request.
@@ -271,6 +303,7 @@ def load_engine(
     dtype: torch.dtype = torch.bfloat16,
     linears: Backend = "auto",
     num_slots: int = 8,
+    decoder: DecoderKind = "plain",
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -280,6 +313,7 @@ def load_engine(
         dtype: The model's dtype; the codec is float32.
         linears: Backend of the quantized linears.
         num_slots: Most utterances in progress at a time.
+        decoder: See `Engine`.
 
     Returns:
         The engine.
@@ -291,4 +325,4 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     codec = load_codec(checkpoint.folder, device=target)
-    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots)
+    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots, decoder)

@@ -29,8 +29,22 @@ Event = tuple[int, Tensor] | Speech
 
 
 @dataclass(kw_only=True)
-class _Slot:
-    """One utterance in progress."""
+class Utterance:
+    """One utterance in progress.
+
+    Args:
+        index: The request's place in the list.
+        request: The request.
+        batches: Its texts, to be spoken one after the other.
+        generator: Its random state.
+        started: When it took its slot.
+        history: Batches that are spoken, with their codes int64 [N, F].
+        frames: int64 [N] each, of the batch in progress.
+        position: Where the last column goes.
+        limit: Most frames of the batch in progress.
+        num_prompt_tokens: Positions prefilled so far.
+        stop_reason: See `Speech`.
+    """
 
     index: int
     request: Request
@@ -38,11 +52,22 @@ class _Slot:
     generator: torch.Generator
     started: float
     history: list[tuple[str, Tensor]] = field(default_factory=list)
-    frames: list[Tensor] = field(default_factory=list)  # int64 [N] each, of the batch in progress
-    position: int = 0  # where the last column goes
+    frames: list[Tensor] = field(default_factory=list)
+    position: int = 0
     limit: int = 0
     num_prompt_tokens: int = 0
     stop_reason: StopReason = "end"
+
+    def end_batch(self, num_codebooks: int) -> None:
+        """Put the frames of the batch in progress into the history.
+
+        Args:
+            num_codebooks: N.
+        """
+        empty = torch.zeros(num_codebooks, 0, dtype=torch.int64)
+        codes = torch.stack(self.frames, dim=1) if self.frames else empty
+        self.history.append((self.batches[len(self.history)], codes))
+        self.frames = []
 
 
 class Slots:
@@ -59,7 +84,7 @@ class Slots:
         self, decoder: Decoder, requests: Sequence[Request], batches: Sequence[Sequence[str]], prompt: Prompt
     ) -> None:
         self.decoder, self.requests, self.batches, self.prompt = decoder, requests, batches, prompt
-        self.slots: list[_Slot] = []
+        self.slots: list[Utterance] = []
         self.columns = torch.zeros(
             decoder.num_slots, 1 + decoder.config.num_codebooks, dtype=torch.int64, device=decoder.device
         )
@@ -90,9 +115,9 @@ class Slots:
             for number in reversed(range(len(self.slots))):  # the last slot, which may move, has been taken already
                 yield from self._take(number, columns[number])
 
-    def _new_slot(self, index: int) -> _Slot:
+    def _new_slot(self, index: int) -> Utterance:
         request = self.requests[index]
-        return _Slot(
+        return Utterance(
             index=index,
             request=request,
             batches=self.batches[index],
@@ -160,17 +185,14 @@ class Slots:
                 if len(slot.frames) < slot.limit:
                     return
                 slot.stop_reason = "limit"
-            empty = torch.zeros(self.decoder.config.num_codebooks, 0, dtype=torch.int64)
-            codes = torch.stack(slot.frames, dim=1) if slot.frames else empty
-            slot.history.append((slot.batches[len(slot.history)], codes))
-            slot.frames = []
+            slot.end_batch(self.decoder.config.num_codebooks)
             if len(slot.history) == len(slot.batches):
                 break
             column = self._prefill(number)
         if len(slot.history) < len(slot.batches):
             slot.stop_reason = "full"
         self._free(number)
-        yield _speech(slot)
+        yield finished_speech(slot)
 
     def _free(self, number: int) -> None:
         """Move the last slot into a slot that has ended."""
@@ -188,7 +210,15 @@ def _rows(requests: Sequence[Request], device: torch.device) -> SamplingRows:
     return SamplingRows.of([request.sampling for request in requests], device, ignore_end)
 
 
-def _speech(slot: _Slot) -> Speech:
+def finished_speech(slot: Utterance) -> Speech:
+    """Sum up an utterance that has ended.
+
+    Args:
+        slot: The utterance.
+
+    Returns:
+        Its speech; the codes are an ordinary tensor on the CPU.
+    """
     with torch.inference_mode(False):  # the caller may write to the codes
         codes = torch.cat([part for _, part in slot.history], dim=1)
     return Speech(

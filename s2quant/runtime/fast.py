@@ -1,0 +1,336 @@
+"""The frame as one function of device tensors, replayed as one CUDA graph; run as it is on a CPU.
+
+Legend: B slots of a bucket, T prompt positions, N codebooks, K frames of random numbers kept per slot.
+
+Everything that differs from frame to frame lives in tensors of fixed addresses: columns, positions, windows, sampling
+parameters, the random numbers and which of them come next. So a frame needs nothing from the host but "once more",
+and the host may ask for the next frame before it has read the last one (`s2quant.runtime.lagged`). One graph exists
+per (batch bucket, context bucket, rank bucket); growing the cache drops them, because its address changes.
+
+A prompt is read up to its last position; that one is fed by the first frame. The random numbers are those of the
+plain decoder: every utterance's own generator, one call per frame, a few frames ahead and outside the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2quant.model import DualAR
+from s2quant.runtime.cache import KVCache
+from s2quant.runtime.decoder import residual_codes
+from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
+from s2quant.sampling import Sampling
+
+AHEAD = 4  # frames of random numbers made at a time
+KEPT = 2 * AHEAD  # frames of random numbers kept: a frame asked for in vain can be asked for again
+FIRST_CONTEXT = 512
+FIRST_RANKS = 32
+NUM_READS = 4  # copies to the host that may be under way
+
+
+@dataclass(kw_only=True)
+class FrameState:
+    """What changes from frame to frame, one row per slot, written in place.
+
+    Args:
+        columns: int64 [B, 1+N], the column to be fed, then the one drawn.
+        positions: int64 [B], where it goes.
+        windows: int64 [B, RAS_WINDOW], recent semantic draws.
+        first: bool [B], whether the coming draw is the first after a prompt.
+        draws: int64 [B], how many frames of random numbers the utterance has used.
+        temperature: float32 [B, 1].
+        top_p: float32 [B, 1].
+        top_k: int64 [B, 1].
+        ignore_end: bool [B].
+        uniform: float32 [B, K, 2, C], of the semantic draw.
+        uniform_fast: float32 [B, K, N - 1, R], of the residual draws.
+    """
+
+    columns: Tensor
+    positions: Tensor
+    windows: Tensor
+    first: Tensor
+    draws: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    ignore_end: Tensor
+    uniform: Tensor
+    uniform_fast: Tensor
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot's row over another's, in place.
+
+        Args:
+            source: Slot to copy from.
+            target: Slot to overwrite.
+        """
+        for tensor in vars(self).values():
+            tensor[target] = tensor[source]
+
+
+class Read:
+    """Columns on their way to the host."""
+
+    def __init__(self, columns: Tensor, done: torch.cuda.Event | None) -> None:
+        self._columns, self._done = columns, done
+
+    def columns(self) -> Tensor:
+        """Wait for the columns.
+
+        Returns:
+            int64 [B, 1+N], on the CPU.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        return self._columns.clone()
+
+
+class FastDecoder:
+    """The cached model for up to B slots, one frame per call without waiting.
+
+    Args:
+        model: The model, in eval mode.
+        num_slots: B at most.
+        capacity: Positions per slot to begin with.
+        residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
+        graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
+    """
+
+    def __init__(
+        self, model: DualAR, num_slots: int, capacity: int, residual_size: int, graphs: bool | None = None
+    ) -> None:
+        self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
+        weight = model.slow.embeddings.weight
+        self.device = weight.device
+        self.graphs_wanted = self.device.type == "cuda" if graphs is None else graphs
+        assert not self.graphs_wanted or self.device.type == "cuda", "graphs need a CUDA device"
+        self.num_semantic = self.config.semantic_end_id - self.config.semantic_begin_id + 1
+        self.max_positions = self.config.slow.max_seq_len
+        with torch.inference_mode(False):  # written inside and outside of that mode
+            self.cache = KVCache(self.config.slow, num_slots, self._context_bucket(capacity), self.device, weight.dtype)
+            self.fast_cache = KVCache(self.config.fast, num_slots, self.config.num_codebooks, self.device, weight.dtype)
+            self.state = self._state()
+            self._host = self._host_ring()
+        self._table = model.slow.rotary.table(self.cache.capacity, self.device)
+        self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
+        self._num_reads = 0
+        self._generators: list[torch.Generator | None] = [None] * num_slots
+        self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
+        self._drawn, self._made, self._top_k = [0] * num_slots, [0] * num_slots, [1] * num_slots
+
+    def _state(self) -> FrameState:
+        slots, num_residual, device = self.num_slots, self.config.num_codebooks - 1, self.device
+        return FrameState(
+            columns=torch.zeros(slots, 1 + self.config.num_codebooks, dtype=torch.int64, device=device),
+            positions=torch.zeros(slots, dtype=torch.int64, device=device),
+            windows=torch.full((slots, RAS_WINDOW), -1, device=device),
+            first=torch.zeros(slots, dtype=torch.bool, device=device),
+            draws=torch.zeros(slots, dtype=torch.int64, device=device),
+            temperature=torch.ones(slots, 1, device=device),
+            top_p=torch.ones(slots, 1, device=device),
+            top_k=torch.ones(slots, 1, dtype=torch.int64, device=device),
+            ignore_end=torch.zeros(slots, dtype=torch.bool, device=device),
+            uniform=torch.zeros(slots, KEPT, 2, self.num_semantic + 1, device=device),
+            uniform_fast=torch.zeros(slots, KEPT, num_residual, self.residual_size, device=device),
+        )
+
+    def _host_ring(self) -> Tensor:
+        shape = (NUM_READS, self.num_slots, 1 + self.config.num_codebooks)
+        return torch.zeros(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+
+    # ---- utterances --------------------------------------------------------------------------------------------
+
+    def seat(self, slot: int, generator: torch.Generator, sampling: Sampling, ignore_end: bool) -> None:
+        """Give a slot to an utterance.
+
+        Args:
+            slot: The slot.
+            generator: The utterance's random state, on the model's device.
+            sampling: Its sampling parameters.
+            ignore_end: Whether the end is never drawn.
+        """
+        state = self.state
+        self._generators[slot], self._top_k[slot] = generator, sampling.top_k
+        self._made[slot] = 0
+        state.temperature[slot], state.top_p[slot], state.top_k[slot] = (
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+        )
+        state.ignore_end[slot] = ignore_end
+
+    def begin(self, slot: int, tokens: Tensor, drawn: int) -> None:
+        """Read a prompt into a slot; the next frame is the first after it.
+
+        Args:
+            slot: The slot; what it held is overwritten.
+            tokens: int64 [1+N, T].
+            drawn: Frames that the utterance has drawn for good before this prompt: its random numbers go on there.
+        """
+        slow, state, length = self.model.slow, self.state, tokens.shape[1]
+        self.ensure(length)
+        tokens = tokens.to(self.device)
+        if length > 1:
+            table = slow.rotary.table(length - 1, self.device)
+            slow.blocks(slow.embed(tokens[None, :, :-1]), table, self.cache.prefill_attends(slot))
+        assert drawn <= self._made[slot] <= drawn + KEPT, (drawn, self._made[slot])
+        state.columns[slot] = tokens[:, -1]
+        state.positions[slot], state.draws[slot] = length - 1, drawn
+        state.windows[slot], state.first[slot] = -1, True
+        self.positions[slot], self._drawn[slot] = length - 1, drawn
+
+    def move(self, source: int, target: int) -> None:
+        """Move an utterance to another slot.
+
+        Args:
+            source: Its slot.
+            target: The slot to overwrite.
+        """
+        self.cache.move(source, target, min(self.positions[source], self.cache.capacity))
+        self.state.move(source, target)
+        for values in (self._generators, self.positions, self._drawn, self._made, self._top_k):
+            values[target] = values[source]  # type: ignore[index]
+
+    def ensure(self, capacity: int) -> None:
+        """Make room, keeping what is there; graphs are dropped when the cache has to grow.
+
+        Args:
+            capacity: Positions needed per slot.
+        """
+        if capacity > self.cache.capacity:
+            self._graphs.clear()
+            self.cache.ensure(self._context_bucket(capacity))
+            self._table = self.model.slow.rotary.table(self.cache.capacity, self.device)
+
+    # ---- frames ------------------------------------------------------------------------------------------------
+
+    def launch(self, count: int) -> Read:
+        """Make one more frame in each of the first slots, without waiting for it.
+
+        Args:
+            count: Number of slots.
+
+        Returns:
+            The columns to come; to be read before NUM_READS more frames are asked for.
+        """
+        for slot in range(count):
+            self._make_uniforms(slot)
+        live = min(max(self.positions[:count]) + 1, self.cache.capacity)
+        key = (_bucket(count, 1, self.num_slots), self._context_bucket(live), self._rank_bucket(count))
+        self.replay(key)
+        for slot in range(count):
+            self.positions[slot] += 1
+            self._drawn[slot] += 1
+        host = self._host[self._num_reads % NUM_READS][:count]
+        self._num_reads += 1
+        host.copy_(self.state.columns[:count], non_blocking=True)
+        if self.device.type != "cuda":
+            return Read(host, None)
+        done = torch.cuda.Event()
+        done.record()
+        return Read(host, done)
+
+    def replay(self, key: tuple[int, int, int]) -> None:
+        """Run a frame; capture it first where graphs are wanted and this one does not exist.
+
+        Args:
+            key: Batch, context and rank bucket.
+        """
+        if not self.graphs_wanted:
+            self._frame(*key)
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(key)
+        self._graphs[key].replay()
+
+    def _capture(self, key: tuple[int, int, int]) -> torch.cuda.CUDAGraph:
+        """Capture a frame; the state and the caches are afterwards what they were before."""
+        before = [tensor.clone() for tensor in vars(self.state).values()]
+        where = self.state.positions[: key[0]].clamp(max=self.cache.capacity - 1)
+        rows = torch.arange(key[0], device=self.device)
+        kept = [part[:, rows, :, where].clone() for part in (self.cache.keys, self.cache.values)]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._frame(*key)  # warm-up: libraries choose their kernels and take their work space
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._frame(*key)
+        for tensor, old in zip(vars(self.state).values(), before, strict=True):
+            tensor.copy_(old)
+        for part, old in zip((self.cache.keys, self.cache.values), kept, strict=True):
+            part[:, rows, :, where] = old
+        return graph
+
+    @torch.inference_mode()
+    def _frame(self, batch: int, context: int, ranks: int) -> None:
+        """Feed each of the first slots its column and draw the next one, in place."""
+        state, slow, config = self.state, self.model.slow, self.config
+        columns, positions, first = state.columns[:batch], state.positions[:batch], state.first[:batch]
+        windows, draws = state.windows[:batch], state.draws[:batch]
+        where = positions.clamp(max=context - 1)  # a row that is asked on in vain stays inside
+        x = slow.embed(columns[..., None])
+        x = slow.blocks(x, self._table[where][:, None], self.cache.bucket_attends(where, context))
+        hidden = slow.norm(x[:, 0])
+        rows = SamplingRows(
+            temperature=state.temperature[:batch],
+            top_p=state.top_p[:batch],
+            top_k=state.top_k[:batch],
+            max_top_k=ranks,
+            ignore_end=state.ignore_end[:batch],
+        )
+        slots, turn = torch.arange(batch, device=self.device), draws % KEPT
+        window = windows.masked_fill(first[:, None], -1)  # nothing is a repetition at first
+        semantic = draw_semantic(
+            slow.constrained_logits(hidden), rows, state.uniform[slots, turn], window, self.num_semantic
+        )
+        shifted = torch.cat([windows[:, 1:], semantic[:, None]], dim=1)
+        windows.copy_(torch.where(first[:, None], windows, shifted))
+        ended = semantic == self.num_semantic
+        codes = residual_codes(
+            self.model.fast,
+            self.fast_cache,
+            hidden,
+            semantic.masked_fill(ended, 0),
+            rows,
+            state.uniform_fast[slots, turn],
+            self.residual_size,
+        )
+        token = torch.where(ended, config.im_end_id, semantic + config.semantic_begin_id)
+        columns.copy_(torch.cat([token[:, None], codes], dim=1))
+        positions.add_(1)
+        draws.add_(1)
+        first.fill_(False)
+
+    def _make_uniforms(self, slot: int) -> None:
+        """Make a slot's random numbers of the next frames, if those of the coming one are not there."""
+        generator = self._generators[slot]
+        if generator is None or self._drawn[slot] < self._made[slot]:
+            return
+        for frame in range(self._made[slot], self._made[slot] + AHEAD):
+            slow, fast = frame_uniforms(
+                [generator], self.num_semantic, self.config.num_codebooks - 1, self.residual_size
+            )
+            self.state.uniform[slot, frame % KEPT] = slow[0]
+            self.state.uniform_fast[slot, frame % KEPT] = fast[0]
+        self._made[slot] += AHEAD
+
+    def _context_bucket(self, live: int) -> int:
+        return _bucket(live, FIRST_CONTEXT, self.max_positions)
+
+    def _rank_bucket(self, count: int) -> int:
+        return _bucket(max(self._top_k[:count]), FIRST_RANKS, self.num_semantic + 1)
+
+
+def _bucket(wanted: int, first: int, most: int) -> int:
+    """Give the smallest of first, 2 first, 4 first, ... that holds what is wanted, but no more than the most."""
+    size = first
+    while size < wanted:
+        size *= 2
+    return min(size, most)
