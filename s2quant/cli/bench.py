@@ -28,6 +28,9 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=("auto", "reference", "int4"), default="auto", help="quantized linears")
+    command.add_argument(
+        "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
+    )
     command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
@@ -52,6 +55,7 @@ def _bench(options: argparse.Namespace) -> int:
             device=options.device,
             dtype=DTYPES[options.dtype],
             linears=options.linears,
+            decoder=options.decoder,
             progress=report,
         )
     if options.out is not None:

@@ -22,6 +22,9 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the model")
     command.add_argument("--linears", choices=("auto", "reference", "int4"), default="auto", help="quantized linears")
+    command.add_argument(
+        "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
+    )
     voices = command.add_argument_group("voices, repeatable, in the order of the speakers")
     voices.add_argument("--voice", type=Path, action="append", default=[], metavar="WAV", help="a reference recording")
     voices.add_argument("--voice-text", action="append", default=[], metavar="TEXT", help="what is said in it")
@@ -61,6 +64,7 @@ def _speak(options: argparse.Namespace) -> int:
             device=options.device,
             dtype=options.dtype,
             linears=options.linears,
+            decoder=options.decoder,
             voices=tuple(zip(options.voice, options.voice_text, strict=True)),
             seed=options.seed,
             temperature=options.temperature,

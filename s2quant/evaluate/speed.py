@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from s2quant.errors import UserError, shorten_list
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
 from s2quant.runtime.speech import Request, Speech
@@ -60,6 +60,7 @@ def measure_speed(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     linears: Backend = "auto",
+    decoder: DecoderKind = "plain",
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Time one or more checkpoints under the same conditions.
@@ -73,11 +74,13 @@ def measure_speed(
         device: Where to run.
         dtype: The models' dtype.
         linears: Backend of the quantized linears.
+        decoder: How frames are made, see `Engine`.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, text, num_frames, repeats, warmup_s (of all arms), `arms` (per name: folder_bytes,
-        load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm: concurrency, arm,
+        version, device, dtype, decoder, text, num_frames, repeats, warmup_s (of all arms), `arms` (per name:
+        folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm: concurrency,
+        arm,
         ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
         peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
         median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
@@ -87,7 +90,8 @@ def measure_speed(
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
     """
     target = _checked(folders, num_frames, repeats, batch_sizes, device)
-    arms = [_load(name, folder, target, dtype, linears, max(batch_sizes)) for name, folder in folders.items()]
+    slots = max(batch_sizes)
+    arms = [_load(name, folder, target, dtype, linears, slots, decoder) for name, folder in folders.items()]
     requests = [
         Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(max(batch_sizes))
     ]
@@ -104,6 +108,7 @@ def measure_speed(
         "version": SPEED_VERSION,
         "device": device_name(target),
         "dtype": str(dtype).removeprefix("torch."),
+        "decoder": decoder,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,
@@ -142,10 +147,18 @@ def _check_room(engine: Engine, request: Request) -> None:
         )
 
 
-def _load(name: str, folder: Path, device: torch.device, dtype: torch.dtype, linears: Backend, num_slots: int) -> _Arm:
+def _load(
+    name: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    linears: Backend,
+    num_slots: int,
+    decoder: DecoderKind,
+) -> _Arm:
     before = _allocated(device)
     started = time.perf_counter()
-    engine = load_engine(folder, device, dtype, linears, num_slots=num_slots)
+    engine = load_engine(folder, device, dtype, linears, num_slots, decoder)
     _wait(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)

@@ -41,7 +41,8 @@ def bench_table(result: Mapping[str, Any]) -> str:
     rows = [[_cell(row, key, form) for _, key, form in _COLUMNS] for row in result["rows"]]
     head = [title for title, _, _ in _COLUMNS]
     about = (
-        f"{result['device']}, {result['dtype']}, {result['num_frames']} frames, medians of {result['repeats']} "
+        f"{result['device']}, {result['dtype']}, {result['decoder']} decoder, "
+        f"{result['num_frames']} frames, medians of {result['repeats']} "
         f"rounds, warm-up of {result['warmup_s']:.1f} s left out"
     )
     return f"{about}\n\n{markdown_table(head, rows)}\n"

@@ -193,8 +193,9 @@ class FastDecoder:
         """
         self.cache.move(source, target, min(self.positions[source], self.cache.capacity))
         self.state.move(source, target)
-        for values in (self._generators, self.positions, self._drawn, self._made, self._top_k):
-            values[target] = values[source]  # type: ignore[index]
+        self._generators[target] = self._generators[source]
+        for values in (self.positions, self._drawn, self._made, self._top_k):
+            values[target] = values[source]
 
     def ensure(self, capacity: int) -> None:
         """Make room, keeping what is there; graphs are dropped when the cache has to grow.

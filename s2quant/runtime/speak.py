@@ -19,7 +19,7 @@ from torch import Tensor
 from s2quant.errors import UserError, VerificationError, shorten_list
 from s2quant.files import atomic_file, check_new
 from s2quant.runtime.audio import pcm_bytes, write_chunks
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.sampling import Sampling, sampling_faults
@@ -38,6 +38,7 @@ class SpeakOptions:
         device: cpu, cuda or cuda:N.
         dtype: Name of the model's dtype.
         linears: Backend of quantized linears.
+        decoder: How frames are made, see `Engine`.
         voices: Pairs of recording and transcript, in the order of the speakers.
         seed: Seed.
         temperature: See `Sampling`.
@@ -57,6 +58,7 @@ class SpeakOptions:
     device: str = "cpu"
     dtype: str = "bfloat16"
     linears: Backend = "auto"
+    decoder: DecoderKind = "plain"
     voices: tuple[tuple[Path, str], ...] = ()
     seed: int = 0
     temperature: float = 0.8
@@ -85,7 +87,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         VerificationError: The model ended before the first frame, or its sound is not finite.
     """
     sampling = _checked_sampling(options)
-    engine = load_engine(options.model, options.device, DTYPES[options.dtype], options.linears, num_slots=1)
+    engine = load_engine(options.model, options.device, DTYPES[options.dtype], options.linears, 1, options.decoder)
     request = Request(
         text=options.text,
         voices=tuple(engine.voice(path, text) for path, text in options.voices),

@@ -104,3 +104,18 @@ def test_a_quantized_model_speaks_on_the_gpu(quantized_folder):
     speech = engine.speak(Request(text="Hello.", seed=1, max_frames=10))
     assert speech.codes.shape[0] == 10
     assert {m.backend for m in engine.model.modules() if hasattr(m, "backend")} == {"int4"}
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_replayed_graphs_speak_as_the_plain_decoder(tiny_folder, num_slots):
+    plain, fast = (
+        load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=num_slots, decoder=kind)
+        for kind in ("plain", "fast")
+    )
+    requests = [Request(text=f"Hello {n}.", seed=n, max_frames=40 + 3 * n) for n in range(5)]
+    theirs = {speech.index: speech for speech in plain.generate(requests)}
+    for _ in range(2):  # captured, then replayed
+        for speech in fast.generate(requests):
+            assert torch.equal(speech.codes, theirs[speech.index].codes)
+            assert speech.stop_reason == theirs[speech.index].stop_reason
+    assert fast._idle is not None and fast._idle._graphs
