@@ -35,6 +35,9 @@ Row = Mapping[Arm, UtteranceRecord]
 """The records of one text and place of a seed, by arm."""
 Measure = Callable[[UtteranceRecord], Value]
 
+WORD_ERRORS = ("wer", "wer_mean")
+MAX_JUDGED_WER = 0.5  # a baseline above it does not speak, so equal rates prove nothing
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -264,7 +267,8 @@ def metric_row(table: Table, metric: Metric, margins: Mapping[str, float]) -> di
         margins: The suite's.
 
     Returns:
-        The row. Similarity to the baseline has no figure of the baseline: its difference is to the floor.
+        The row. Similarity to the baseline has no figure of the baseline: its difference is to the floor. A model is
+        not called as good as a baseline that is not understood: above `MAX_JUDGED_WER` it is "inconclusive" at best.
     """
     to_floor = metric.measure is to_baseline
     found = compare(table, metric, "floor" if to_floor else "baseline", "model")
@@ -275,6 +279,8 @@ def metric_row(table: Table, metric: Metric, margins: Mapping[str, float]) -> di
     margin = margins.get(metric.margin_key) if metric.margin_key and found is not None else None
     interval = None if found is None else found.interval
     verdict = None if margin is None or metric.better is None else noninferiority(interval, margin, metric.better)
+    if verdict == "non-inferior" and metric.margin_key in WORD_ERRORS and (baseline or 0.0) > MAX_JUDGED_WER:
+        verdict = "inconclusive"
     return {
         "name": metric.name,
         "unit": metric.unit,

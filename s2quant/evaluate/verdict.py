@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from s2quant.evaluate.metrics import MAX_JUDGED_WER, WORD_ERRORS
 from s2quant.evaluate.plan import EvalPlan
 from s2quant.records import Arm
 
@@ -193,4 +194,6 @@ def _margin_sentence(row: Mapping[str, Any]) -> str:
     if row["interval"] is not None:
         text += f" [{number(row['interval'][0])}, {number(row['interval'][1])}]"
     text += f", n = {row['n']}"
+    if row["margin_key"] in WORD_ERRORS and (row["baseline"] or 0.0) > MAX_JUDGED_WER:
+        text += f"; the baseline itself is not understood ({number(row['baseline'], '')} {name})"
     return text if row["mde"] is None else f"{text}, smallest detectable difference {number(row['mde'], '')}"

@@ -145,7 +145,7 @@ def stage_table(run: Run) -> Table | None:
     Returns:
         A row per concurrency and arm; None when no stage was timed.
     """
-    names = {"encode": "Reference encoding, s", "ar": "Autoregression, s", "codec": "Codec, s"}
+    names = {"encode": "Reference encoding, s", "prefill": "Prefill, s", "ar": "Autoregression, s", "codec": "Codec, s"}
     rows: list[tuple[Cell, ...]] = []
     extra = dict.fromkeys(
         key for _, arms in speed_rows(run) for row in arms.values() for key in row.get("stages_s") or {}
