@@ -354,7 +354,7 @@ def orchestrate(args: argparse.Namespace) -> int:
                 if process.returncode:
                     failed.append(name)
                     print(f"{name} failed with {process.returncode}", flush=True)
-        needed = {"data": set(PARTS), "codec": {"dual", "judge"}, "dual": {"judge"}, "recognizer": {"judge"}}
+        needed = {"data": set(PARTS), "codec": set(PARTS), "dual": {"judge"}, "recognizer": {"judge"}}
         for name in [n for f in failed for n in needed.get(f, ()) if n in running]:
             running.pop(name).terminate()  # it would wait for ever
         if time.time() - published > 20:
