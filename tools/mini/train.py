@@ -40,9 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--total", type=float, default=572, help="seconds for everything")
     parser.add_argument("--recognizer-until", type=float, default=175)
-    parser.add_argument("--codec-until", type=float, default=265)
-    parser.add_argument("--dual-until", type=float, default=512)
-    parser.add_argument("--round-trip-seconds", type=float, default=60)
+    parser.add_argument("--codec-until", type=float, default=285)
+    parser.add_argument("--dual-until", type=float, default=515)
+    parser.add_argument("--round-trip-seconds", type=float, default=50)
     parser.add_argument("--dual-compile-at", type=float, default=95, help="not before the data is spoken")
     parser.add_argument("--count", type=int, default=30000, help="training utterances")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) - 3))
@@ -153,6 +153,8 @@ def decoded_speech(codec, codes, speech, count: int):
         sounds = round_trip(codec, codes, speech, range(first, min(first + 256, len(other.rows))))
         pieces += [(to_recognizer(w[None])[0].clamp(-1, 1) * 32767).short() for w in sounds]
     other.samples = np.array([len(p) for p in pieces], np.int64)
+    other.frames = speech.frames[:count]
+    other.phones = speech.phones[: int(other.frames.sum())]
     other.audio = torch.cat(pieces)
     return other
 
