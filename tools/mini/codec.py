@@ -358,6 +358,20 @@ def encode_all(codec: Codec, speech: Speech, batch_frames: int = 24576) -> Tenso
     return codes
 
 
+def save_codes(path: Path, codes: dict[str, Tensor], stores: dict[str, Speech]) -> None:
+    """Write codes by split, and how many frames each utterance has, by which a reader knows that they are its own."""
+    frames = {f"{split} frames": torch.from_numpy(store.frames) for split, store in stores.items()}
+    save(path, codes | frames)
+
+
+def load_codes(path: Path, **stores: Speech) -> dict[str, Tensor]:
+    """Read the codes of some splits; they belong to the utterances in the order in which `stores` have them."""
+    saved = torch.load(path, weights_only=True)
+    for split, store in stores.items():
+        assert np.array_equal(saved[f"{split} frames"].numpy(), store.frames), f"codes of other speech: {split}"
+    return {split: saved[split] for split in stores}
+
+
 @torch.no_grad()
 def round_trip(codec: Codec, codes: Tensor, speech: Speech, indices: Sequence[int], batch: int = 32) -> list[Tensor]:
     """Decode utterances from their codes [N, all F]: float [S] each, at the codec's rate, on the device."""

@@ -229,6 +229,10 @@ class Trainer:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
+    def load(self, path: Path) -> None:
+        """Go on from a file of `save_model`."""
+        self.model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
+
     def _step(self, mel: Tensor, tokens: Tensor, phones: Tensor) -> dict[str, Tensor]:
         audio = self.model.encoder(mel.to(self.dtype))
         loss = self.loss(self.model, audio, tokens, self.used, self.column)
