@@ -11,6 +11,7 @@ _STYLE = (
     ".arm0{fill:#7a8ca3}.arm1{fill:#d2691e}.arm2{fill:#2e8b57}.arm3{fill:#6a5acd}"
 )
 
+
 def svg_file(chart: Chart) -> str:
     """Write a chart as a file of its own, with title, legend and colours in it.
 

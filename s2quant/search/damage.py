@@ -204,7 +204,9 @@ def _difference(after: float | None, before: float | None) -> float | None:
 
 def _standard_error(damages: Sequence[TokenDamage]) -> float | None:
     """Estimate the standard error of kl from how it differs between sequences, weighted by their frames."""
-    each = np.array([one.kl.mean(dtype=np.float64) + one.residual_kl.sum(1, dtype=np.float64).mean() for one in damages])
+    each = np.array(
+        [one.kl.mean(dtype=np.float64) + one.residual_kl.sum(1, dtype=np.float64).mean() for one in damages]
+    )
     if len(each) < 2 or not np.isfinite(each).all():
         return None
     weights = np.array([one.num_frames for one in damages]) / sum(one.num_frames for one in damages)

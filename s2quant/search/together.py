@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from s2quant.quantize.store import StageStore
 from s2quant.search.damage import Held, replaced, summarise
@@ -43,9 +44,7 @@ def combinations(units: Sequence[Unit], bits: Sequence[int]) -> dict[str, dict[s
 
 
 @torch.inference_mode()
-def measure_together(
-    units: Sequence[Unit], choice: Mapping[str, int], store: StageStore, held: Held
-) -> dict[str, Any]:
+def measure_together(units: Sequence[Unit], choice: Mapping[str, int], store: StageStore, held: Held) -> dict[str, Any]:
     """Measure a combination.
 
     Args:
@@ -63,7 +62,7 @@ def measure_together(
     assert held.block == 0
     device = held.inputs[0].device
     chosen = [unit for unit in units if unit.name in choice]
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for unit in chosen:
         weights |= load_dense(store, unit.name, unit.modules, choice[unit.name], unit.settings.group_size, device)
     with replaced(held.model, weights):

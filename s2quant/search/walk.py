@@ -150,5 +150,3 @@ def _candidate(
         "fallback": "; ".join(fallbacks) or None,
     }
     return weights, facts_of_unit | found
-
-

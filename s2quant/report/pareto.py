@@ -1,0 +1,96 @@
+"""The trade-off between size and damage: a line through the best choices, and named points beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from s2quant.report.charts import WIDTH, Chart, Scale, scale_over
+from s2quant.report.format import adaptive, byte_unit, finite, scaled
+
+LEFT, BOTTOM, TOP = 50.0, 214.0, 10.0
+
+
+def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
+    """Draw damage over size, the damage on a logarithmic scale.
+
+    Args:
+        curve: The object of curve.json: "points" (num_bytes, kl) along the best choices and "named" ones with a name
+            and perhaps kl_together, measured as a whole.
+
+    Returns:
+        The plot; None with fewer than two points of a damage above 0.
+    """
+    points = [(row["num_bytes"], finite(row["kl"])) for row in curve["points"]]
+    line = [(size, kl) for size, kl in points if kl]
+    named = [row for row in curve["named"] if finite(row["kl"]) or finite(row.get("kl_together"))]
+    if len(line) < 2:
+        return None
+    unit = byte_unit(size for size, _ in line)
+    kls = [kl for _, kl in line] + [k for row in named for key in ("kl", "kl_together") if (k := finite(row.get(key)))]
+    across = scale_over([size / unit[0] for size, _ in line], LEFT, WIDTH - 8, zero=False)
+    low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 1e-9)
+    down = Scale(low=low, high=max(high, low + 1), start=BOTTOM, end=TOP)
+    chart = Chart(
+        title="Size and damage",
+        caption=f"Nats per frame over {unit[1]} of tensors; damages added up, and measured as a whole where it was",
+        height=BOTTOM + 26,
+        legend=[("model", "best choice at each size"), ("baseline", "named recipes, damages added up")],
+    )
+    _grid(chart, across, down)
+    for (size, kl), (next_size, next_kl) in pairwise(line):
+        chart.line("model-range", across(size / unit[0]), down(math.log10(kl)), across(next_size / unit[0]),
+                   down(math.log10(next_kl)), f"{scaled(size, unit)} {unit[1]}: {adaptive(kl)}")  # fmt: skip
+    if any(finite(row.get("kl_together")) for row in named):
+        chart.legend.append(("floor", "measured as a whole"))
+    for row in named:
+        _named(chart, row, across(row["num_bytes"] / unit[0]), down)
+    return chart
+
+
+def _named(chart: Chart, row: Mapping[str, Any], x: float, down: Scale) -> None:
+    for key, style in (("kl", "baseline"), ("kl_together", "floor")):
+        value = finite(row.get(key))
+        if value:
+            chart.dot(style, x, down(math.log10(value)), f"{row['name']}: {adaptive(value)} nats per frame")
+    value = finite(row["kl"]) or finite(row.get("kl_together"))
+    if value:
+        right = x < WIDTH / 2
+        chart.label(
+            str(row["name"]), x + (7 if right else -7), down(math.log10(value)) + 4, "start" if right else "end"
+        )
+
+
+def _grid(chart: Chart, across: Scale, down: Scale) -> None:
+    for power in range(int(down.low), int(down.high) + 1):
+        chart.line("grid", LEFT, down(power), WIDTH - 4, down(power))
+        chart.label(f"{10.0**power:g}", LEFT - 5, down(power) + 4, "end")
+    chart.line("axis", LEFT, BOTTOM, WIDTH - 4, BOTTOM)
+    for tick in across.ticks():
+        chart.line("axis", across(tick), BOTTOM, across(tick), BOTTOM + 4)
+        chart.label(f"{tick:g}", across(tick), BOTTOM + 17)
+
+
+def named_rows(named: Sequence[Mapping[str, Any]], dense_bytes: int) -> list[tuple[str | None, ...]]:
+    """Put the named points into cells of a table.
+
+    Args:
+        named: As in curve.json.
+        dense_bytes: Size of the bf16 checkpoint.
+
+    Returns:
+        Name, bytes, share of the bf16 size, damage added up, damage as a whole, the best choice of that size.
+    """
+    return [
+        (
+            str(row["name"]),
+            f"{row['num_bytes']:,}",
+            f"{100 * row['num_bytes'] / dense_bytes:.1f}",
+            adaptive(row["kl"]),
+            adaptive(row.get("kl_together")),
+            adaptive(row.get("kl_best")),
+        )
+        for row in named
+    ]

@@ -1,0 +1,325 @@
+"""`s2quant search`: from measured damages to a recipe, with what speaks for it.
+
+The damage of a recipe is predicted as the sum of the single damages of its linears. With the model at hand the found
+combination is also measured as a whole, on the same held-out speech and with the very weights that were measured one
+by one, and both figures are printed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2quant.calibrate.sequences import load_set
+from s2quant.checkpoint.config import S2Config
+from s2quant.checkpoint.layout import linears
+from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.errors import UserError, shorten_list
+from s2quant.export.calibration import Report
+from s2quant.files import atomic_file, check_new
+from s2quant.quantize.plan import make_plan
+from s2quant.recipe import Recipe, Rule, load_recipe
+from s2quant.records import folder_hashes
+from s2quant.runtime.load import load_model, parse_device
+from s2quant.search.curve import best_at, make_curve, write_curve
+from s2quant.search.damage import Held, hold
+from s2quant.search.rules import recipe_text, source_from
+from s2quant.search.sensitivity import split_held
+from s2quant.search.solve import Choice, Item, Solution, least_damage, least_size, walk
+from s2quant.search.store import open_candidates
+from s2quant.search.table import Sensitivity, check_pandas, load_sensitivity
+from s2quant.search.together import measure_together
+from s2quant.search.units import DENSE_BITS
+
+DEFAULT_BITS = (4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What `s2quant search` is asked for.
+
+    Args:
+        folder: What `s2quant sensitivity` made.
+        out: The recipe to write; None where only the curve is wanted.
+        budget: The most tensor bytes, as `quantize --plan` counts them.
+        target_kl: The most damage, nats per frame.
+        bits: Widths to choose from; None: those of 4 and 8 that were measured. bf16 is always a choice.
+        keep: Patterns of modules that stay in bf16.
+        model: The bf16 checkpoint, to measure what is found as a whole; None leaves it at the prediction.
+        device: Where to measure it.
+        source: The calibration source, where it is not where it was.
+        curve: Whether to compute the curve into the folder and its report.
+    """
+
+    folder: Path
+    out: Path | None
+    budget: int | None = None
+    target_kl: float | None = None
+    bits: tuple[int, ...] | None = None
+    keep: tuple[str, ...] = ()
+    model: Path | None = None
+    device: str = "cpu"
+    source: Path | None = None
+    curve: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Args:
+        name: Of the recipe.
+        num_bytes: Tensor bytes, as planned.
+        dense_bytes: Of the bf16 checkpoint.
+        kl: Predicted damage, nats per frame.
+        bound: What no choice can be below: nats per frame for a budget, bytes for a target.
+        kl_together: Measured as a whole; None without the model.
+        num_units: Units by bits.
+    """
+
+    name: str
+    num_bytes: int
+    dense_bytes: int
+    kl: float
+    bound: float
+    kl_together: float | None
+    num_units: Mapping[int, int]
+
+
+def search(options: SearchOptions, report: Report = lambda phase, done, total: None) -> Found | None:
+    """Find a recipe, the curve, or both.
+
+    Args:
+        options: What to do.
+        report: Told of progress.
+
+    Returns:
+        What was found; None where only the curve was wanted.
+
+    Raises:
+        UserError: Something in the input cannot be used, or nothing meets the budget or target.
+    """
+    wants_recipe = options.budget is not None or options.target_kl is not None
+    if options.budget is not None and options.target_kl is not None:
+        raise UserError("--budget and --target-kl", "one of them", "leave one out")
+    if wants_recipe != (options.out is not None) or not (wants_recipe or options.curve):
+        raise UserError(
+            "no goal" if not wants_recipe else "no --out",
+            "--budget or --target-kl with --out, or --curve",
+            "say what to look for and where to write the recipe",
+        )
+    if options.curve:
+        check_pandas()
+    if options.out is not None:
+        check_new(options.out)
+        _name(options.out)
+    table = load_sensitivity(options.folder)
+    items = make_items(table, options.bits, options.keep)
+    held = None if options.model is None else _hold(table, options.model, options.device, report)
+    found = None
+    named: list[dict[str, Any]] = []
+    if options.out is not None:
+        found = _find(options, table, items, held, report)
+        named.append({key: getattr(found, key) for key in ("name", "num_bytes", "kl", "kl_together")})
+    if options.curve:
+        write_curve(options.folder, make_curve(table, items, named))
+    report("done", 1, 1)
+    return found
+
+
+def make_items(table: Sensitivity, bits: Sequence[int] | None, keep: Sequence[str]) -> list[Item]:
+    """List what a search may choose.
+
+    Args:
+        table: What was measured.
+        bits: Widths to choose from; None: those of 4 and 8 that were measured.
+        keep: Patterns of modules that stay in bf16.
+
+    Returns:
+        The units. bf16 is a choice of each, without damage; a width whose damage is not finite is none.
+
+    Raises:
+        UserError: A width was not measured, or a pattern matches nothing.
+    """
+    measured = tuple(table.raw["bits"])
+    chosen = tuple(bits) if bits is not None else tuple(b for b in DEFAULT_BITS if b in measured)
+    absent = [b for b in chosen if b not in measured]
+    if absent or not chosen:
+        raise UserError(
+            f"bits {', '.join(map(str, absent or DEFAULT_BITS))}",
+            f"widths that were measured: {', '.join(map(str, measured))}",
+            "correct --bits, or measure again with them",
+        )
+    rules = [Rule(pattern=pattern, settings=None) for pattern in keep]
+    idle = [rule.pattern for rule in rules if not any(rule.matches(m) for unit in table.units for m in unit.modules)]
+    if idle:
+        raise UserError(
+            f"--keep matches none of the linears that were measured:\n{shorten_list(idle)}",
+            "patterns of module names",
+            "for example --keep 'audio_decoder.**'",
+        )
+    items = []
+    for unit in table.units:
+        choices = [Choice(bits=DENSE_BITS, num_bytes=unit.dense_bytes, damage=0.0)]
+        if not any(rule.matches(module) for rule in rules for module in unit.modules):
+            for width in chosen:
+                damage = table.damage[unit.name].get(width)
+                if damage is not None:
+                    choices.append(Choice(bits=width, num_bytes=unit.num_bytes[width], damage=damage))
+        items.append(Item(name=unit.name, choices=tuple(choices)))
+    return items
+
+
+def _name(out: Path) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", out.stem) or out.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"--out {out.name}",
+            "a .yaml file named by lower-case letters, digits, '-' and '.': the recipe gets its name",
+            "for example --out recipes/s2-pro-found.yaml",
+        )
+    return out.stem
+
+
+def _hold(table: Sensitivity, folder: Path, device: str, report: Report) -> Held:
+    """Load the model and the held-out speech."""
+    target = parse_device(device)
+    checkpoint = open_checkpoint(folder)
+    report("hashing the model", 0, 1)
+    if folder_hashes(folder) != table.raw["model"]["sha256"]:
+        raise UserError(
+            f"{folder} is not the model that was measured",
+            f"the files of {table.raw['model']['folder']}, byte for byte",
+            "name that folder, or measure this model",
+        )
+    recipe = load_recipe(table.folder / "recipe.yaml")
+    calibration = load_set(table.folder / "calibration.safetensors", checkpoint.config.num_codebooks)
+    residual_size = table.raw["residual_size"]
+    split = split_held(calibration, recipe, checkpoint, residual_size, table.raw["calibration"]["num_held"])
+    report("measuring as a whole", 0, 1)
+    return hold(load_model(checkpoint, target), split.held, residual_size)
+
+
+def _find(
+    options: SearchOptions, table: Sensitivity, items: Sequence[Item], held: Held | None, report: Report
+) -> Found:
+    assert options.out is not None
+    if options.budget is not None:
+        solution = least_damage(items, table.fixed_bytes, options.budget)
+    else:
+        assert options.target_kl is not None
+        solution = least_size(items, table.fixed_bytes, options.target_kl)
+    choice = {name: one.bits for name, one in solution.choices.items() if one.bits != DENSE_BITS}
+    together = None
+    if held is not None:
+        together = measure_together(table.units, choice, open_candidates(table.folder), held)["kl"]
+        report("measuring as a whole", 1, 1)
+    widths = [one.bits for one in solution.choices.values()]
+    found = Found(
+        name=_name(options.out),
+        num_bytes=solution.num_bytes,
+        dense_bytes=table.dense_bytes,
+        kl=solution.damage,
+        bound=solution.bound,
+        kl_together=together,
+        num_units={bits: widths.count(bits) for bits in sorted(set(widths))},
+    )
+    _write(options, table, items, solution, found)
+    return found
+
+
+def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], solution: Solution, found: Found) -> None:
+    """Write the recipe, and hold it against the choice before it gets its name."""
+    assert options.out is not None
+    config = S2Config.load(table.folder)
+    origin = load_recipe(table.folder / "recipe.yaml")
+    verdicts = {name: None for name in linears(config)} | {
+        module: unit.with_bits(solution.choices[unit.name].bits)
+        for unit in table.units
+        for module in unit.modules
+        if solution.choices[unit.name].bits != DENSE_BITS
+    }
+    goal = f"{options.budget:,} bytes" if options.budget is not None else f"{options.target_kl:g} nats per frame"
+    text = recipe_text(
+        found.name,
+        f"Found by s2quant search from {origin.name}: within {goal}.",
+        verdicts,
+        origin,
+        source_from(table.raw["recipe"]["calibration_source"], table.folder, options.out, options.source),
+        _evidence(options, table, items, found, origin),
+    )
+    with atomic_file(options.out) as partial:
+        partial.write_text(text, encoding="utf-8")
+        plan = make_plan(load_recipe(partial), config)
+        made = {module.name: module.settings for module in plan.modules if module.kind == "linear"}
+        assert made == verdicts, [name for name in verdicts if made[name] != verdicts[name]]
+        assert plan.num_bytes == solution.num_bytes, (plan.num_bytes, solution.num_bytes)
+
+
+def _evidence(
+    options: SearchOptions, table: Sensitivity, items: Sequence[Item], found: Found, origin: Recipe
+) -> list[str]:
+    """Say what speaks for the recipe; no date, so that the same input gives the same file."""
+    calibration, hashes = table.raw["calibration"], table.raw["model"]["sha256"]
+    share = 100 * found.num_bytes / found.dense_bytes
+    counts = ", ".join(
+        f"{count} in {'bf16' if bits == DENSE_BITS else f'{bits} bit'}" for bits, count in found.num_units.items()
+    )
+    if options.budget is not None:
+        goal = f"least damage within {options.budget:,} bytes"
+        bound = f"no choice is below {found.bound:.6g}{_gap(found.kl, found.bound)}"
+    else:
+        goal = f"least size within {options.target_kl:g} nats per frame"
+        bound = f"no choice is smaller than {found.bound:,.0f} bytes{_gap(found.num_bytes, found.bound)}"
+    lines = [
+        f"Found by s2quant search: {goal}.",
+        f"size: {found.num_bytes:,} tensor bytes, {share:.2f} % of bf16's {found.dense_bytes:,}",
+        f"linears (w1 and w3 of a block as one): {counts}",
+        f"predicted damage: {found.kl:.6g} nats per frame, single damages added up; {bound}",
+    ]
+    if found.kl_together is not None:
+        lines.append(
+            f"measured as a whole: {found.kl_together:.6g} nats per frame"
+            f"{'' if not found.kl else f', {found.kl_together / found.kl:.2f} of the prediction'}"
+        )
+    points = list(walk(items, table.fixed_bytes))
+    for row in make_curve(table, items)["named"]:
+        best = best_at(points, row["num_bytes"])
+        lines.append(
+            f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "
+            f"{_nats(row['kl_together'])}; the bound at that size is {_nats(best)}"
+        )
+    lines += [
+        f"measured on {calibration['num_held_frames']} frames of {calibration['num_held_scored']} sequences, held out "
+        f"from {calibration['num_used']} for the Hessians; {table.raw['device']}",
+        f"origin: recipe {origin.name}, sha256 {origin.sha256}",
+        f"sensitivity.json: sha256 {table.sha256}",
+    ]
+    weights = [name for name in sorted(hashes) if name == "config.json" or name.endswith(".safetensors")]
+    return lines + [f"model {name}: sha256 {hashes[name]}" for name in weights]
+
+
+def _gap(value: float, bound: float) -> str:
+    return f" (gap {100 * (value / bound - 1):.2f} %)" if bound > 0 else ""
+
+
+def _nats(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.6g}"
+
+
+def plan_bytes(recipe: Path, folder: Path) -> int:
+    """Count the bytes of another recipe on the model that was measured.
+
+    Args:
+        recipe: The recipe.
+        folder: What `s2quant sensitivity` made.
+
+    Returns:
+        Tensor bytes, as `quantize --plan` counts them.
+
+    Raises:
+        UserError: The recipe cannot be read or does not fit the model.
+    """
+    return make_plan(load_recipe(recipe), S2Config.load(folder)).num_bytes
