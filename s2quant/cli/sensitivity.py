@@ -22,6 +22,10 @@ def add(commands: Any) -> None:
     command.add_argument("--bits", default="2,3,4,8", metavar="A,B", help="bit widths to measure (2,3,4,8)")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; the whole bf16 model must fit")
     command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="in which the damage is measured (float32: in bfloat16 rounding hides that of 8 bits)",
+    )  # fmt: skip
+    command.add_argument(
         "--sequences", type=int, default=40, metavar="N", help="calibration lines that are spoken (40)"
     )
     command.add_argument(
@@ -70,6 +74,7 @@ def _sensitivity(options: argparse.Namespace) -> int:
                 model=options.model,
                 out=options.out,
                 device=options.device,
+                dtype=options.dtype,
                 bits=bits,
                 num_sequences=options.sequences,
                 num_held=options.held,
@@ -93,6 +98,8 @@ def _text(out: Path, table: Mapping[str, Any]) -> str:
     for row in table["together"]:
         sums, whole = (_nats(row[key]) for key in ("kl_sum", "kl"))
         lines.append(f"{row['name']:20} single damages add up to {sums}, as a whole {whole} nats per frame")
+    if table["floor"] is not None:
+        lines.append(f"{'bfloat16 arithmetic':20} alone does {_nats(table['floor']['kl'])}")
     return "\n".join([*lines, f"{out}: {len(table['units'])} units measured; {out / 'report.html'}"])
 
 

@@ -65,12 +65,12 @@ def _facts(table: Mapping[str, Any], record: Mapping[str, Any], curve: Mapping[s
         "about": (
             f"{len(units)} units at {', '.join(map(str, table['bits']))} bit, measured on "
             f"{calibration['num_held_frames']:,} frames of {calibration['num_held_scored']} held-out sequences; "
-            f"Hessians from {calibration['num_used']} others; {table['device']}"
+            f"Hessians from {calibration['num_used']} others; {table['dtype']}, {table['device']}"
         ),
         "heat": heat_maps(units),
         "ranked": ranked_table(units, ranked_by, NUM_RANKED),
         "ranking": ranked_table(units, ranked_by, None),
-        "together": _together_table(table["together"]),
+        "together": _together_table(table),
         "left_out": _left_out(table["left_out"]),
         "curve": pareto_chart(curve) if curve else None,
         "named": _named_table(curve, table["dense_bytes"]) if curve else None,
@@ -138,12 +138,16 @@ def _percent(value: Any, signed: bool = False) -> str | None:
     return None if number is None else adaptive(100 * number, signed)
 
 
-def _together_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _together_table(table: Mapping[str, Any]) -> Table:
     cells = []
-    for row in rows:
+    for row in table["together"]:
         total, whole = finite(row["kl_sum"]), finite(row["kl"])
         share = fixed(whole / total, 2) if total and whole is not None else None
         cells.append((str(row["name"]), adaptive(total), adaptive(whole), share, _percent(row["hidden_error"])))
+    if table["floor"] is not None:
+        floor = table["floor"]
+        alone = (None, adaptive(floor["kl"]), None, _percent(floor["hidden_error"]))
+        cells.append(("nothing: bfloat16 arithmetic", *alone))
     head = ("Replaced together", "Sum of single KLs", "Measured as a whole", "Whole / sum", "Hidden state, %")
     return Table(caption="Do damages add up? Nats per frame", head=head, rows=cells)
 

@@ -6,6 +6,10 @@ Held-out sequences that the bf16 model spoke are teacher-forced, one by one and 
 `s2quant.evaluate.tokens`; what comes out is what that module measures on a whole model. The inputs of one block are
 kept: a linear that was replaced there changes nothing before it. A linear of the Fast AR changes only the Fast AR.
 
+The model runs in float32 unless asked otherwise, with the weights of the bf16 checkpoint. In bfloat16 every change,
+however small, makes all later roundings fall differently: on a tiny model that alone is worth more than 8 bits are, and
+it does not add up over linears, so that a sum of single damages would count it again and again.
+
 The damage is one number: nats per frame, the KL divergence of the semantic code (of 4096 codes and im_end) plus those
 of the residual codes. Given the codes before it, each is a factor of the frame's probability, so the sum is the
 divergence of the distribution of whole frames, measured along the baseline's own codes.
@@ -32,6 +36,8 @@ from s2quant.evaluate.tokens import (
     compare_forced,
     forced_from_hidden,
     residual_logits,
+    teacher_forced,
+    token_damage,
 )
 from s2quant.model import DualAR, causal_attention, module_name
 from s2quant.model.attention import run_blocks
@@ -130,6 +136,23 @@ def hold(model: DualAR, sequences: Sequence[TokenSequence], residual_size: int) 
     ]
     held.references = tuple(answers)
     return held
+
+
+def arithmetic_floor(held: Held, model: DualAR) -> dict[str, Any]:
+    """Measure the same model in another precision: what rounding alone does.
+
+    Args:
+        held: The model at its first block.
+        model: The same weights in another dtype.
+
+    Returns:
+        As `summarise`.
+    """
+    found = []
+    for sequence, reference in zip(held.sequences, held.references, strict=True):
+        damage = token_damage(reference, model, sequence, held.residual_size)
+        found.append((damage, *_hidden_error(reference, teacher_forced(model, sequence, held.residual_size))))
+    return summarise(found)
 
 
 def _hidden_error(reference: Forced, own: Forced) -> tuple[float, float]:

@@ -37,10 +37,11 @@ from s2quant.recipe import BITS, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
 from s2quant.runtime.load import device_name, load_model, parse_device
-from s2quant.search.damage import Held, held_sequences, hold
+from s2quant.runtime.speak import DTYPES
+from s2quant.search.damage import Held, arithmetic_floor, held_sequences, hold
 from s2quant.search.store import link_candidates, load_record
 from s2quant.search.table import SCHEMA_VERSION, check_pandas, load_sensitivity, write_csv
-from s2quant.search.together import combinations, measure_together
+from s2quant.search.together import KEYS, combinations, measure_together
 from s2quant.search.units import Unit, find_units
 from s2quant.search.walk import Job, measure_units
 
@@ -57,6 +58,7 @@ class SensitivityOptions:
         model: The bf16 checkpoint folder.
         out: The folder to make.
         device: Where to work; the whole model must fit.
+        dtype: "float32" or "bfloat16", in which the model is run to measure the damage; see `s2quant.search.damage`.
         bits: Candidate widths.
         num_sequences: Lines that are spoken.
         num_held: How many of the sequences, the last ones, measure the damage; the others make the Hessians.
@@ -71,6 +73,7 @@ class SensitivityOptions:
     model: Path
     out: Path
     device: str = "cpu"
+    dtype: str = "float32"
     bits: tuple[int, ...] = BITS
     num_sequences: int = NUM_SEQUENCES
     num_held: int = NUM_HELD
@@ -135,7 +138,8 @@ def measure_sensitivity(
         if is_new:  # nothing is finished, so there is nothing to resume
             shutil.rmtree(folder)
         raise
-    model = load_model(checkpoint, device)
+    model = load_model(checkpoint, device, DTYPES[options.dtype])
+    floor = _floor(options, checkpoint, hold(model, split.held, residual_size), device)
     job = Job(
         checkpoint=checkpoint,
         batches=make_batches(split.used, recipe.calibration.batch_size, checkpoint.config.pad_id),
@@ -150,7 +154,8 @@ def measure_sensitivity(
     measure_units(job, report)
     together = _together(units, options.bits, store, hold(model, split.held, residual_size), report)
     del model
-    table = _table(options, plan, units, left_out, store, together, identity, split, residual_size)
+    table = _table(options, plan, units, left_out, store, identity, split, residual_size)
+    table |= {"floor": floor, "together": together}
     report("writing", 0, 1)
     _write(options, checkpoint, recipe, calibration, store, table, identity, device)
     report("done", 1, 1)
@@ -240,6 +245,7 @@ def _identity(
         "keep_weights": options.keep_weights,
         "num_slots": options.num_slots,
         "device": device_name(device),
+        "dtype": options.dtype,
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -258,6 +264,16 @@ def _finished(out: Path, identity: Mapping[str, Any]) -> Mapping[str, Any]:
             shutil.rmtree(partial_folder(out))
     load_sensitivity(out)
     return read_json(out / "sensitivity.json")
+
+
+def _floor(
+    options: SensitivityOptions, checkpoint: Checkpoint, held: Held, device: torch.device
+) -> dict[str, Any] | None:
+    """Measure what bfloat16 arithmetic alone does; None where all is measured in it."""
+    if options.dtype == "bfloat16":
+        return None
+    found = arithmetic_floor(held, load_model(checkpoint, device, torch.bfloat16))
+    return {key: found[key] for key in KEYS}
 
 
 def _together(
@@ -280,7 +296,6 @@ def _table(
     units: Sequence[Unit],
     left_out: Mapping[str, str],
     store: StageStore,
-    together: Sequence[Mapping[str, Any]],
     identity: Mapping[str, Any],
     split: Split,
     residual_size: int,
@@ -312,11 +327,11 @@ def _table(
         "residual_size": residual_size,
         "bits": list(options.bits),
         "device": identity["device"],
+        "dtype": identity["dtype"],
         "dense_bytes": plan.dense_bytes,
         "fixed_bytes": plan.dense_bytes - sum(unit.dense_bytes for unit in units),
         "left_out": dict(left_out),
         "units": rows,
-        "together": list(together),
     }
 
 

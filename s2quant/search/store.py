@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from s2quant.errors import UserError
@@ -54,9 +53,9 @@ def load_record(store: StageStore, unit: str, bits: int) -> dict[str, Any]:
 
 
 def load_dense(
-    store: StageStore, unit: str, modules: tuple[str, ...], bits: int, group_size: int, device: torch.device
+    store: StageStore, unit: str, modules: tuple[str, ...], bits: int, group_size: int, like: Tensor
 ) -> dict[str, Tensor]:
-    """Get the weights of a candidate, dequantized to bfloat16 as the model speaks with them.
+    """Get the weights of a candidate, dequantized.
 
     Args:
         store: Where it is kept.
@@ -64,7 +63,7 @@ def load_dense(
         modules: Its linears.
         bits: Its bits.
         group_size: Its group.
-        device: Where to put them.
+        like: Of the dtype and on the device that are wanted.
 
     Returns:
         Dense [M, K] by module name.
@@ -79,20 +78,20 @@ def load_dense(
             "run `s2quant sensitivity` without --no-weights, or leave out --model",
         )
     weights, _ = store.load(candidate_name(unit, bits), dict.fromkeys(modules, (bits, group_size)))
-    return {name: dense_of(weight, device) for name, weight in weights.items()}
+    return {name: dense_of(weight, like) for name, weight in weights.items()}
 
 
-def dense_of(weight: QuantizedWeight, device: torch.device) -> Tensor:
-    """Dequantize a weight as the model speaks with it.
+def dense_of(weight: QuantizedWeight, like: Tensor) -> Tensor:
+    """Dequantize a weight.
 
     Args:
         weight: The weight.
-        device: Where to.
+        like: Of the dtype and on the device that are wanted.
 
     Returns:
-        bfloat16 [M, K].
+        [M, K].
     """
-    return weight.to(device).dequantize(torch.bfloat16)
+    return weight.to(like.device).dequantize(like.dtype)
 
 
 def open_candidates(folder: Path) -> StageStore:

@@ -60,11 +60,11 @@ def measure_together(units: Sequence[Unit], choice: Mapping[str, int], store: St
         UserError: A candidate is absent or was kept without weights.
     """
     assert held.block == 0
-    device = held.inputs[0].device
+    like = held.inputs[0]
     chosen = [unit for unit in units if unit.name in choice]
     weights: dict[str, Tensor] = {}
     for unit in chosen:
-        weights |= load_dense(store, unit.name, unit.modules, choice[unit.name], unit.settings.group_size, device)
+        weights |= load_dense(store, unit.name, unit.modules, choice[unit.name], unit.settings.group_size, like)
     with replaced(held.model, weights):
         found = summarise(held.measure("both"))
     saved = sum(unit.dense_bytes - unit.num_bytes[choice[unit.name]] for unit in chosen)

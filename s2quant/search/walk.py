@@ -136,7 +136,8 @@ def _candidate(
         else:
             weights[name], facts = rtn_quantize(linear.weight, settings, name)
         stats.append(facts)
-    dense = {name: dense_of(weight, job.device) for name, weight in weights.items()}
+    like = job.held.inputs[0]
+    dense = {name: dense_of(weight, like) for name, weight in weights.items()}
     with replaced(job.held.model, dense):
         found = summarise(job.held.measure(unit.part))
     fallbacks = [facts.fallback for facts in stats if facts.fallback is not None]
