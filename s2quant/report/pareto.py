@@ -29,7 +29,8 @@ def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
     if len(line) < 2:
         return None
     unit = byte_unit(size for size, _ in line)
-    kls = [kl for _, kl in line] + [k for row in named for key in ("kl", "kl_together") if (k := finite(row.get(key)))]
+    every = (*named, *curve["points"])
+    kls = [kl for row in every for key in ("kl", "kl_together") if (kl := finite(row.get(key)))]
     across = scale_over([size / unit[0] for size, _ in line], LEFT, WIDTH - 8, zero=False)
     low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 1e-9)
     down = Scale(low=low, high=max(high, low + 1), start=BOTTOM, end=TOP)
@@ -43,7 +44,12 @@ def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
     for (size, kl), (next_size, next_kl) in pairwise(line):
         chart.line("model-range", across(size / unit[0]), down(math.log10(kl)), across(next_size / unit[0]),
                    down(math.log10(next_kl)), f"{scaled(size, unit)} {unit[1]}: {adaptive(kl)}")  # fmt: skip
-    if any(finite(row.get("kl_together")) for row in named):
+    for row in curve["points"]:
+        value = finite(row["kl_together"])
+        if value:
+            words = f"{scaled(row['num_bytes'], unit)} {unit[1]}, as a whole: {adaptive(value)}"
+            chart.dot("floor", across(row["num_bytes"] / unit[0]), down(math.log10(value)), words)
+    if any(finite(row.get("kl_together")) for row in every):
         chart.legend.append(("floor", "measured as a whole"))
     for row in named:
         _named(chart, row, across(row["num_bytes"] / unit[0]), down)

@@ -107,8 +107,8 @@ def ranked_table(units: Sequence[Mapping[str, Any]], ranked_by: int, limit: int 
                 adaptive(chosen.get("kl_semantic")),
                 adaptive(chosen.get("kl_residual")),
                 _percent(chosen.get("hidden_error")),
-                _percent(chosen.get("end_delta"), True),
-                _percent(chosen.get("end_before_delta"), True),
+                _percent(chosen.get("end_drift")),
+                _percent(chosen.get("end_before_drift")),
                 fixed(saved / 1e6, 3),
             )
         )
@@ -119,7 +119,7 @@ def ranked_table(units: Sequence[Mapping[str, Any]], ranked_by: int, limit: int 
         "Semantic",
         "Residual",
         "Hidden state, %",
-        "P(end) at the end, points",
+        "P(end) moves at the end by, points",
         "before it, points",
         "Saves, MB",
     )

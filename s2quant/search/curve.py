@@ -58,14 +58,14 @@ def make_curve(table: Sensitivity, items: Sequence[Item], found: Sequence[Mappin
     named += [dict(row) for row in found]
     for row in named:
         row["kl_best"] = best_at(points, row["num_bytes"])
-    rows = [_point(point) for point in points]
+    rows: list[dict[str, Any]] = [_point(point) for point in points]
     return {"schema_version": 1, "sensitivity_sha256": table.sha256, "points": rows, "named": named}
 
 
 def _point(point: Solution) -> dict[str, Any]:
     widths = [choice.bits for choice in point.choices.values()]
     counts = {f"num_{bits}_bit": widths.count(bits) for bits in sorted({*widths})}
-    return {"num_bytes": point.num_bytes, "kl": point.damage, **counts}
+    return {"num_bytes": point.num_bytes, "kl": point.damage, "kl_together": None, **counts}
 
 
 def _named(
@@ -76,6 +76,7 @@ def _named(
     shown = f"{table.raw['recipe']['name']}" if name == "the recipe" else name
     return {
         "name": shown,
+        "bits": sorted(set(choice.values())),
         "num_bytes": table.dense_bytes - saved,
         "kl": None if any(kl is None for kl in damages) else sum(kl for kl in damages if kl is not None),
         "kl_together": measured["kl"] if measured else None,
@@ -98,7 +99,7 @@ def write_curve(folder: Path, curve: Mapping[str, Any]) -> None:
     frame[counts] = frame[counts].fillna(0).astype(int)
     order = sorted(counts, key=lambda column: -int(column.split("_")[1]))
     with atomic_file(folder / "curve.csv", overwrite=True) as partial:
-        frame[["num_bytes", "kl", *order]].to_csv(partial, index=False)
+        frame[["num_bytes", "kl", "kl_together", *order]].to_csv(partial, index=False)
     chart = pareto_chart(curve)
     if chart is not None:
         with atomic_file(folder / "curve.svg", overwrite=True) as partial:

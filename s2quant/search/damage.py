@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from s2quant.checkpoint.config import S2Config
-from s2quant.evaluate.token_summary import summarise_tokens
+from s2quant.evaluate.token_summary import FRAMES_BEFORE_END, mean_or_none, summarise_tokens
 from s2quant.evaluate.tokens import (
     Forced,
     TokenDamage,
@@ -192,8 +192,9 @@ def summarise(found: Sequence[tuple[TokenDamage, float, float]]) -> dict[str, An
     Returns:
         kl (nats per frame: semantic and residual), kl_semantic, kl_residual, kl_codebooks, kl_standard_error (of kl,
         between sequences), top1_agreement (of the semantic code), end_delta and end_before_delta (change of the
-        probability of im_end at the true end and in the frames before it; None where no sequence ends by itself),
-        hidden_error (relative error of the Slow AR's final hidden state). None where a value is not finite.
+        probability of im_end at the true end, and in the FRAMES_BEFORE_END frames before it), end_drift and
+        end_before_drift (the mean size of that change; None where no sequence ends by itself), hidden_error (relative
+        error of the Slow AR's final hidden state). None where a value is not finite.
     """
     damages = [damage for damage, _, _ in found]
     summary = summarise_tokens(damages)
@@ -211,6 +212,8 @@ def summarise(found: Sequence[tuple[TokenDamage, float, float]]) -> dict[str, An
         "top1_agreement": summary["codebooks"][0]["top1_agreement"],
         "end_delta": _difference(end["model_at_end"], end["baseline_at_end"]),
         "end_before_delta": _difference(end["model_before"], end["baseline_before"]),
+        "end_drift": _drift(damages, slice(-1, None)),
+        "end_before_drift": _drift(damages, slice(-1 - FRAMES_BEFORE_END, -1)),
         "hidden_error": error if error is not None and np.isfinite(error) else None,
         "num_not_finite": summary["num_not_finite"],
     }
@@ -223,6 +226,12 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 def _difference(after: float | None, before: float | None) -> float | None:
     return None if after is None or before is None else after - before
+
+
+def _drift(damages: Sequence[TokenDamage], where: slice) -> float | None:
+    """Average the size of the change of P(im_end) over some of the last positions of sequences that end."""
+    changes = [(one.end_model - one.end_baseline)[where] for one in damages if one.ended]
+    return mean_or_none(np.abs(np.concatenate(changes))) if changes else None
 
 
 def _standard_error(damages: Sequence[TokenDamage]) -> float | None:

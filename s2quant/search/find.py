@@ -36,6 +36,7 @@ from s2quant.search.together import measure_together
 from s2quant.search.units import DENSE_BITS
 
 DEFAULT_BITS = (4, 8)
+NUM_CHECKED = 8  # points of the curve that are measured as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,10 @@ def search(options: SearchOptions, report: Report = lambda phase, done, total: N
         found = _find(options, table, items, held, report)
         named.append({key: getattr(found, key) for key in ("name", "num_bytes", "kl", "kl_together")})
     if options.curve:
-        write_curve(options.folder, make_curve(table, items, named))
+        curve = make_curve(table, items, named)
+        if held is not None:
+            _measure_curve(table, items, curve, held, report)
+        write_curve(options.folder, curve)
     report("done", 1, 1)
     return found
 
@@ -212,10 +216,9 @@ def _find(
     else:
         assert options.target_kl is not None
         solution = least_size(items, table.fixed_bytes, options.target_kl)
-    choice = {name: one.bits for name, one in solution.choices.items() if one.bits != DENSE_BITS}
     together = None
     if held is not None:
-        together = measure_together(table.units, choice, open_candidates(table.folder), held)["kl"]
+        together = measure_together(table.units, _bits(solution), open_candidates(table.folder), held)["kl"]
         report("measuring as a whole", 1, 1)
     widths = [one.bits for one in solution.choices.values()]
     found = Found(
@@ -229,6 +232,24 @@ def _find(
     )
     _write(options, table, items, solution, found)
     return found
+
+
+def _measure_curve(
+    table: Sensitivity, items: Sequence[Item], curve: Mapping[str, Any], held: Held, report: Report
+) -> None:
+    """Measure some points of the curve as a whole, in place, evenly spread from the second to the last."""
+    points = list(walk(items, table.fixed_bytes))
+    number = min(NUM_CHECKED, len(points) - 1)
+    chosen = {round(1 + n * (len(points) - 2) / max(1, number - 1)) for n in range(number)}
+    for done, index in enumerate(sorted(chosen)):
+        report("measuring the curve", done, len(chosen))
+        found = measure_together(table.units, _bits(points[index]), open_candidates(table.folder), held)
+        curve["points"][index]["kl_together"] = found["kl"]
+
+
+def _bits(solution: Solution) -> dict[str, int]:
+    """List the quantized units of a solution with their bits."""
+    return {name: one.bits for name, one in solution.choices.items() if one.bits != DENSE_BITS}
 
 
 def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], solution: Solution, found: Found) -> None:
@@ -286,7 +307,10 @@ def _evidence(
             f"{'' if not found.kl else f', {found.kl_together / found.kl:.2f} of the prediction'}"
         )
     points = list(walk(items, table.fixed_bytes))
+    widths = {choice.bits for item in items for choice in item.choices}
     for row in make_curve(table, items)["named"]:
+        if not set(row["bits"]) <= widths:
+            continue  # a width that was not among the choices
         best = best_at(points, row["num_bytes"])
         lines.append(
             f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "

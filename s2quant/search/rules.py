@@ -59,6 +59,9 @@ def make_rules(verdicts: Mapping[str, Verdict], base: LinearSettings) -> list[di
         rules.append(_rule(f"{root}.{_either(list(map(str, chosen)))}.{_either(names)}", verdict, base))
     for root in dict.fromkeys(root for root, _ in defaults):
         groups = {verdict: names for (of, verdict), names in defaults.items() if of == root}
+        if set(groups) == {None}:
+            rules.append({"keep": f"{root}.**"})  # the rules before have taken what is quantized of it
+            continue
         rules += [_rule(f"{root}.*.{_either(names)}", verdict, base) for verdict, names in groups.items()]
     return rules
 
@@ -95,7 +98,9 @@ def common_settings(verdicts: Mapping[str, Verdict]) -> LinearSettings:
     common = _most_common(quantized) if quantized else None
     if common is None:
         raise UserError(
-            "a budget in which every linear stays in bf16", "a size that calls for quantizing", "lower --budget"
+            "a goal that every linear meets in bf16",
+            "one that calls for quantizing",
+            "lower --budget, or raise --target-kl",
         )
     return common
 

@@ -18,8 +18,10 @@ from s2quant.search.damage import Held, replaced, summarise
 from s2quant.search.store import load_dense
 from s2quant.search.units import Unit
 
-KEYS = ("kl", "kl_semantic", "kl_residual", "kl_standard_error", "top1_agreement", "end_delta", "end_before_delta",
-        "hidden_error", "num_not_finite")  # fmt: skip
+KEYS = (
+    "kl", "kl_semantic", "kl_residual", "kl_standard_error", "top1_agreement", "end_delta", "end_before_delta",
+    "end_drift", "end_before_drift", "hidden_error", "num_not_finite",
+)  # fmt: skip
 
 
 def combinations(units: Sequence[Unit], bits: Sequence[int]) -> dict[str, dict[str, int]]:
