@@ -14,7 +14,7 @@ from s2quant.report.charts import WIDTH, Chart
 from s2quant.report.format import adaptive, finite
 
 STEPS = 8
-LEFT, ROW, GAP = 68.0, 17.0, 8.0
+LEFT, ROW, GAP = 78.0, 17.0, 8.0
 
 
 @dataclass(frozen=True, kw_only=True)

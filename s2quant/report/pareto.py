@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from s2quant.report.charts import WIDTH, Chart, Scale, scale_over
 from s2quant.report.format import adaptive, byte_unit, finite, scaled
 
-LEFT, BOTTOM, TOP = 50.0, 214.0, 10.0
+LEFT, BOTTOM, TOP, LETTER = 50.0, 214.0, 10.0, 6.2
 
 
 def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
@@ -31,7 +31,7 @@ def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
     unit = byte_unit(size for size, _ in line)
     every = (*named, *curve["points"])
     kls = [kl for row in every for key in ("kl", "kl_together") if (kl := finite(row.get(key)))]
-    across = scale_over([size / unit[0] for size, _ in line], LEFT, WIDTH - 8, zero=False)
+    across = scale_over([row["num_bytes"] / unit[0] for row in (*named, *curve["points"])], LEFT, WIDTH - 8, zero=False)
     low, high = math.floor(math.log10(min(kls))), math.ceil(math.log10(max(kls)) + 1e-9)
     down = Scale(low=low, high=max(high, low + 1), start=BOTTOM, end=TOP)
     chart = Chart(
@@ -51,22 +51,35 @@ def pareto_chart(curve: Mapping[str, Any]) -> Chart | None:
             chart.dot("floor", across(row["num_bytes"] / unit[0]), down(math.log10(value)), words)
     if any(finite(row.get("kl_together")) for row in every):
         chart.legend.append(("floor", "measured as a whole"))
-    for row in named:
-        _named(chart, row, across(row["num_bytes"] / unit[0]), down)
+    _names(chart, named, lambda size: across(size / unit[0]), down)
     return chart
 
 
-def _named(chart: Chart, row: Mapping[str, Any], x: float, down: Scale) -> None:
-    for key, style in (("kl", "baseline"), ("kl_together", "floor")):
-        value = finite(row.get(key))
-        if value:
-            chart.dot(style, x, down(math.log10(value)), f"{row['name']}: {adaptive(value)} nats per frame")
-    value = finite(row["kl"]) or finite(row.get("kl_together"))
-    if value:
-        right = x < WIDTH / 2
-        chart.label(
-            str(row["name"]), x + (7 if right else -7), down(math.log10(value)) + 4, "start" if right else "end"
-        )
+def _names(chart: Chart, named: Sequence[Mapping[str, Any]], across: Callable[[float], float], down: Scale) -> None:
+    """Draw the named points, and write each name where it covers no other."""
+    taken: list[tuple[float, float, float]] = []  # left, right, baseline
+    for row in named:
+        x = across(row["num_bytes"])
+        for key, style in (("kl", "baseline"), ("kl_together", "floor")):
+            value = finite(row.get(key))
+            if value:
+                chart.dot(style, x, down(math.log10(value)), f"{row['name']}: {adaptive(value)} nats per frame")
+        name, value = str(row["name"]), finite(row["kl"]) or finite(row.get("kl_together"))
+        if not value:
+            continue
+        y, width = down(math.log10(value)) + 4, LETTER * len(name)
+        places = [(x + side * 7, y + rise, side) for rise in (0, -11, 11, -22, 22) for side in (1, -1)]
+        spans = [(min(at, at + side * width), max(at, at + side * width), height) for at, height, side in places]
+        number = next((n for n, span in enumerate(spans) if _is_free(span, taken)), 0)
+        taken.append(spans[number])
+        chart.label(name, places[number][0], places[number][1], "start" if places[number][2] > 0 else "end")
+
+
+def _is_free(span: tuple[float, float, float], taken: Sequence[tuple[float, float, float]]) -> bool:
+    left, right, y = span
+    if left < LEFT or right > WIDTH or not TOP <= y <= BOTTOM - 2:
+        return False
+    return not any(left < other[1] and right > other[0] and abs(y - other[2]) < 11 for other in taken)
 
 
 def _grid(chart: Chart, across: Scale, down: Scale) -> None:

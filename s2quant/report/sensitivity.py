@@ -114,17 +114,17 @@ def ranked_table(units: Sequence[Mapping[str, Any]], ranked_by: int, limit: int 
         )
     head = (
         "Linear",
-        *(f"KL at {bits} bit, nats per frame" for bits in widths),
-        f"Standard error at {ranked_by} bit",
+        *(f"{bits} bit" for bits in widths),
+        f"{ranked_by} bit: standard error",
         "Semantic",
         "Residual",
         "Hidden state, %",
-        "P(end) moves at the end by, points",
+        "P(end) moves at the end, points",
         "before it, points",
         "Saves, MB",
     )
     what = f"The {len(rows)} most sensitive" if len(rows) < len(units) else "All"
-    return Table(caption=f"{what}, ranked at {ranked_by} bit", head=head, rows=rows)
+    return Table(caption=f"{what}, ranked at {ranked_by} bit; KL in nats per frame", head=head, rows=rows)
 
 
 def _known(value: Any) -> float:
@@ -146,7 +146,7 @@ def _together_table(table: Mapping[str, Any]) -> Table:
         cells.append((str(row["name"]), adaptive(total), adaptive(whole), share, _percent(row["hidden_error"])))
     if table["floor"] is not None:
         floor = table["floor"]
-        alone = (None, adaptive(floor["kl"]), None, _percent(floor["hidden_error"]))
+        alone = ("\u2013", adaptive(floor["kl"]), "\u2013", _percent(floor["hidden_error"]))
         cells.append(("nothing: bfloat16 arithmetic", *alone))
     head = ("Replaced together", "Sum of single KLs", "Measured as a whole", "Whole / sum", "Hidden state, %")
     return Table(caption="Do damages add up? Nats per frame", head=head, rows=cells)

@@ -8,6 +8,7 @@ from s2quant.report.charts import WIDTH, Chart
 
 _STYLE = (
     "text{font:11px sans-serif}.title{font-weight:bold}.grid{stroke:#ddd}.axis{stroke:#444}"
+    ".model{fill:#0b5cad}.baseline{fill:#7d7f86}.floor{fill:#d4d5d8;stroke:#7d7f86}.model-range{stroke:#0b5cad;stroke-width:2.5}"
     ".arm0{fill:#7a8ca3}.arm1{fill:#d2691e}.arm2{fill:#2e8b57}.arm3{fill:#6a5acd}"
 )
 
