@@ -28,7 +28,8 @@ from s2quant.records import folder_hashes
 
 RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
 COMMANDS = (
-    "quantize", "random", "speak", "inspect", "export", "eval", "report", "bench", "compare", "publish", "demo",
+    "quantize", "sensitivity", "search", "random", "speak", "inspect", "export", "eval", "report", "bench", "compare",
+    "publish", "demo",
 )  # fmt: skip
 
 
