@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from s2quant.cli.sensitivity import parse_bits
 from s2quant.errors import UserError
 
 if TYPE_CHECKING:
-    from s2quant.search.find import Found
+    from s2quant.search.check import Checked
+    from s2quant.search.evidence import Found
 
 
 def add(commands: Any) -> None:
@@ -33,6 +35,10 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--model", type=Path, metavar="DIR", help="the bf16 checkpoint, to measure the find as a whole"
     )
+    command.add_argument(
+        "--check", type=Path, action="append", default=[], metavar="DIR",
+        help="a quantized folder, to measure what it really does against the prediction (with --model); repeatable",
+    )  # fmt: skip
     command.add_argument("--device", default="cpu", help="where to measure: cpu, cuda or cuda:N")
     command.add_argument("--source", type=Path, metavar="FILE", help="the calibration text, if it has moved")
     command.add_argument("--curve", action="store_true", help="size against damage, into SENSITIVITY_DIR's report")
@@ -47,7 +53,7 @@ def _search(options: argparse.Namespace) -> int:
     from s2quant.search.find import SearchOptions, search
 
     with progress(options.quiet) as report:
-        found = search(
+        found, checked = search(
             SearchOptions(
                 folder=options.folder,
                 out=options.out,
@@ -59,13 +65,15 @@ def _search(options: argparse.Namespace) -> int:
                 device=options.device,
                 source=options.source,
                 curve=options.curve,
+                check=tuple(options.check),
             ),
             report,
         )
     if options.json:
-        print(json.dumps({"out": str(options.out), **dataclasses.asdict(found)} if found else {"out": None}))
+        facts = {"out": str(options.out), **dataclasses.asdict(found)} if found else {"out": None}
+        print(json.dumps(facts | {"checked": [dataclasses.asdict(one) for one in checked]}))
     else:
-        print("\n".join(_lines(options, found)))
+        print("\n".join(_lines(options, found, checked)))
     return 0
 
 
@@ -84,7 +92,7 @@ def _budget(options: argparse.Namespace) -> int | None:
     return plan_bytes(Path(text), options.folder)
 
 
-def _lines(options: argparse.Namespace, found: Found | None) -> list[str]:
+def _lines(options: argparse.Namespace, found: Found | None, checked: Sequence[Checked]) -> list[str]:
     lines = []
     if found is not None:
         share = 100 * found.num_bytes / found.dense_bytes
@@ -95,6 +103,12 @@ def _lines(options: argparse.Namespace, found: Found | None) -> list[str]:
         )
         if found.kl_together is not None:
             lines.append(f"measured as a whole: {found.kl_together:.4g} nats per frame")
+    for one in checked:
+        predicted = "not known" if one.kl is None else f"{one.kl:.4g}"
+        real = "not finite" if one.kl_together is None else f"{one.kl_together:.4g}"
+        lines.append(f"{one.name}: {one.num_bytes:,} tensor bytes, predicted {predicted}, really {real} nats per frame")
+        if one.num_seen:
+            lines.append(f"  flattered: it was calibrated on {one.num_seen} of the {one.num_held} held-out sequences")
     if options.curve:
         lines.append(f"curve: {options.folder / 'report.html'}, curve.csv, curve.svg")
     return lines

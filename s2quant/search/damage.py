@@ -138,15 +138,18 @@ def hold(model: DualAR, sequences: Sequence[TokenSequence], residual_size: int) 
     return held
 
 
-def arithmetic_floor(held: Held, model: DualAR) -> dict[str, Any]:
-    """Measure the same model in another precision: what rounding alone does.
+def measure_model(held: Held, model: DualAR) -> dict[str, Any]:
+    """Measure another whole model: a quantized one, or the same in another precision (what rounding alone does).
 
     Args:
-        held: The model at its first block.
-        model: The same weights in another dtype.
+        held: The bf16 model's answers.
+        model: The other.
 
     Returns:
         As `summarise`.
+
+    Raises:
+        UserError: The model is of another size.
     """
     found = []
     for sequence, reference in zip(held.sequences, held.references, strict=True):

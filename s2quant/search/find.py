@@ -21,12 +21,14 @@ from s2quant.errors import UserError, shorten_list
 from s2quant.export.calibration import Report
 from s2quant.files import atomic_file, check_new
 from s2quant.quantize.plan import make_plan
-from s2quant.recipe import Recipe, Rule, load_recipe
+from s2quant.recipe import Rule, load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model, parse_device
 from s2quant.runtime.speak import DTYPES
-from s2quant.search.curve import best_at, make_curve, write_curve
+from s2quant.search.check import Checked, check_folder
+from s2quant.search.curve import make_curve, write_curve
 from s2quant.search.damage import Held, hold
+from s2quant.search.evidence import Found, evidence
 from s2quant.search.rules import recipe_text, source_from
 from s2quant.search.sensitivity import split_held
 from s2quant.search.solve import Choice, Item, Solution, least_damage, least_size, walk
@@ -54,6 +56,7 @@ class SearchOptions:
         device: Where to measure it.
         source: The calibration source, where it is not where it was.
         curve: Whether to compute the curve into the folder and its report.
+        check: Quantized folders of the model, to measure what they really do.
     """
 
     folder: Path
@@ -66,73 +69,59 @@ class SearchOptions:
     device: str = "cpu"
     source: Path | None = None
     curve: bool = False
+    check: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search found.
-
-    Args:
-        name: Of the recipe.
-        num_bytes: Tensor bytes, as planned.
-        dense_bytes: Of the bf16 checkpoint.
-        kl: Predicted damage, nats per frame.
-        bound: What no choice can be below: nats per frame for a budget, bytes for a target.
-        kl_together: Measured as a whole; None without the model.
-        num_units: Units by bits.
-    """
-
-    name: str
-    num_bytes: int
-    dense_bytes: int
-    kl: float
-    bound: float
-    kl_together: float | None
-    num_units: Mapping[int, int]
-
-
-def search(options: SearchOptions, report: Report = lambda phase, done, total: None) -> Found | None:
-    """Find a recipe, the curve, or both.
+def search(
+    options: SearchOptions, report: Report = lambda phase, done, total: None
+) -> tuple[Found | None, list[Checked]]:
+    """Find a recipe, the curve, or both; hold quantized folders against what was predicted.
 
     Args:
         options: What to do.
         report: Told of progress.
 
     Returns:
-        What was found; None where only the curve was wanted.
+        What was found (None where no recipe was wanted), and what the folders do.
 
     Raises:
         UserError: Something in the input cannot be used, or nothing meets the budget or target.
     """
+    _check_goal(options)
+    table = load_sensitivity(options.folder)
+    items = make_items(table, options.bits, options.keep)
+    held = None if options.model is None else _hold(table, options.model, options.device, report)
+    found = None if options.out is None else _find(options, table, items, held, report)
+    checked = [check_folder(table, folder, held, report) for folder in options.check] if held is not None else []
+    if options.curve:
+        rows = [one for one in (found, *checked) if one is not None]
+        keys = ("name", "num_bytes", "kl", "kl_together")
+        curve = make_curve(table, items, [{key: getattr(one, key) for key in keys} for one in rows])
+        if held is not None:
+            _measure_curve(table, items, curve, held, report)
+        write_curve(options.folder, curve)
+    report("done", 1, 1)
+    return found, checked
+
+
+def _check_goal(options: SearchOptions) -> None:
+    """Refuse what makes no sense before anything is read."""
     wants_recipe = options.budget is not None or options.target_kl is not None
     if options.budget is not None and options.target_kl is not None:
         raise UserError("--budget and --target-kl", "one of them", "leave one out")
-    if wants_recipe != (options.out is not None) or not (wants_recipe or options.curve):
+    if wants_recipe != (options.out is not None) or not (wants_recipe or options.curve or options.check):
         raise UserError(
             "no goal" if not wants_recipe else "no --out",
-            "--budget or --target-kl with --out, or --curve",
+            "--budget or --target-kl with --out, or --curve, or --check",
             "say what to look for and where to write the recipe",
         )
+    if options.check and options.model is None:
+        raise UserError("--check without --model", "the bf16 checkpoint to compare with", "add --model DIR")
     if options.curve:
         check_pandas()
     if options.out is not None:
         check_new(options.out)
         _name(options.out)
-    table = load_sensitivity(options.folder)
-    items = make_items(table, options.bits, options.keep)
-    held = None if options.model is None else _hold(table, options.model, options.device, report)
-    found = None
-    named: list[dict[str, Any]] = []
-    if options.out is not None:
-        found = _find(options, table, items, held, report)
-        named.append({key: getattr(found, key) for key in ("name", "num_bytes", "kl", "kl_together")})
-    if options.curve:
-        curve = make_curve(table, items, named)
-        if held is not None:
-            _measure_curve(table, items, curve, held, report)
-        write_curve(options.folder, curve)
-    report("done", 1, 1)
-    return found
 
 
 def make_items(table: Sensitivity, bits: Sequence[int] | None, keep: Sequence[str]) -> list[Item]:
@@ -270,7 +259,7 @@ def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], so
         verdicts,
         origin,
         source_from(table.raw["recipe"]["calibration_source"], table.folder, options.out, options.source),
-        _evidence(options, table, items, found, origin),
+        evidence(goal, table, items, found, origin, options.target_kl is not None),
     )
     with atomic_file(options.out) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -278,60 +267,6 @@ def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], so
         made = {module.name: module.settings for module in plan.modules if module.kind == "linear"}
         assert made == verdicts, [name for name in verdicts if made[name] != verdicts[name]]
         assert plan.num_bytes == solution.num_bytes, (plan.num_bytes, solution.num_bytes)
-
-
-def _evidence(
-    options: SearchOptions, table: Sensitivity, items: Sequence[Item], found: Found, origin: Recipe
-) -> list[str]:
-    """Say what speaks for the recipe; no date, so that the same input gives the same file."""
-    calibration, hashes = table.raw["calibration"], table.raw["model"]["sha256"]
-    share = 100 * found.num_bytes / found.dense_bytes
-    counts = ", ".join(
-        f"{count} in {'bf16' if bits == DENSE_BITS else f'{bits} bit'}" for bits, count in found.num_units.items()
-    )
-    if options.budget is not None:
-        goal = f"least damage within {options.budget:,} bytes"
-        bound = f"no choice is below {found.bound:.6g}{_gap(found.kl, found.bound)}"
-    else:
-        goal = f"least size within {options.target_kl:g} nats per frame"
-        bound = f"no choice is smaller than {found.bound:,.0f} bytes{_gap(found.num_bytes, found.bound)}"
-    lines = [
-        f"Found by s2quant search: {goal}.",
-        f"size: {found.num_bytes:,} tensor bytes, {share:.2f} % of bf16's {found.dense_bytes:,}",
-        f"linears (w1 and w3 of a block as one): {counts}",
-        f"predicted damage: {found.kl:.6g} nats per frame, single damages added up; {bound}",
-    ]
-    if found.kl_together is not None:
-        lines.append(
-            f"measured as a whole: {found.kl_together:.6g} nats per frame"
-            f"{'' if not found.kl else f', {found.kl_together / found.kl:.2f} of the prediction'}"
-        )
-    points = list(walk(items, table.fixed_bytes))
-    widths = {choice.bits for item in items for choice in item.choices}
-    for row in make_curve(table, items)["named"]:
-        if not set(row["bits"]) <= widths:
-            continue  # a width that was not among the choices
-        best = best_at(points, row["num_bytes"])
-        lines.append(
-            f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "
-            f"{_nats(row['kl_together'])}; the bound at that size is {_nats(best)}"
-        )
-    lines += [
-        f"measured on {calibration['num_held_frames']} frames of {calibration['num_held_scored']} sequences, held out "
-        f"from {calibration['num_used']} for the Hessians; {table.raw['device']}",
-        f"origin: recipe {origin.name}, sha256 {origin.sha256}",
-        f"sensitivity.json: sha256 {table.sha256}",
-    ]
-    weights = [name for name in sorted(hashes) if name == "config.json" or name.endswith(".safetensors")]
-    return lines + [f"model {name}: sha256 {hashes[name]}" for name in weights]
-
-
-def _gap(value: float, bound: float) -> str:
-    return f" (gap {100 * (value / bound - 1):.2f} %)" if bound > 0 else ""
-
-
-def _nats(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.6g}"
 
 
 def plan_bytes(recipe: Path, folder: Path) -> int:

@@ -38,7 +38,7 @@ from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
 from s2quant.runtime.load import device_name, load_model, parse_device
 from s2quant.runtime.speak import DTYPES
-from s2quant.search.damage import Held, arithmetic_floor, held_sequences, hold
+from s2quant.search.damage import Held, held_sequences, hold, measure_model
 from s2quant.search.store import link_candidates, load_record
 from s2quant.search.table import SCHEMA_VERSION, check_pandas, load_sensitivity, write_csv
 from s2quant.search.together import KEYS, combinations, measure_together
@@ -272,7 +272,7 @@ def _floor(
     """Measure what bfloat16 arithmetic alone does; None where all is measured in it."""
     if options.dtype == "bfloat16":
         return None
-    found = arithmetic_floor(held, load_model(checkpoint, device, torch.bfloat16))
+    found = measure_model(held, load_model(checkpoint, device, torch.bfloat16))
     return {key: found[key] for key in KEYS}
 
 

@@ -14,10 +14,13 @@ import torch
 import yaml
 from folder_cases import REPOSITORY, change_json, link_copy, listing
 from safetensors.torch import load_file
-from search_cases import BLOCKS, RECIPE, spoken, whole_model_damage
+from search_cases import BLOCKS, NUM_SEQUENCES, RECIPE, spoken, whole_model_damage, write_recipe
 
+from s2quant.checkpoint.config import S2Config
 from s2quant.cli import main
 from s2quant.files import read_json
+from s2quant.model import module_name
+from s2quant.packing import unpack
 from s2quant.quantize.plan import make_plan
 from s2quant.recipe import load_recipe
 from s2quant.runtime.load import load_model
@@ -34,8 +37,6 @@ def find(folder: Path, out: Path, *words: str) -> tuple[int, Path]:
 
 
 def bits_of(recipe: Path, folder: Path) -> dict[str, int | None]:
-    from s2quant.checkpoint.config import S2Config
-
     plan = make_plan(load_recipe(recipe), S2Config.load(folder))
     return {m.name: m.settings.bits if m.settings else None for m in plan.modules if m.kind == "linear"}
 
@@ -92,7 +93,7 @@ def test_budget(budget: int, measured: Path, tmp_path: Path) -> None:
     assert status == 0
     table = load_sensitivity(measured)
     solution = least_damage(make_items(table, None, ()), table.fixed_bytes, budget)
-    plan = make_plan(load_recipe(out), _config(measured))
+    plan = make_plan(load_recipe(out), S2Config.load(measured))
     assert plan.num_bytes == solution.num_bytes <= budget
     text = out.read_text("utf-8")
     assert f"# size: {plan.num_bytes:,} tensor bytes" in text
@@ -105,12 +106,6 @@ def test_budget(budget: int, measured: Path, tmp_path: Path) -> None:
     assert all(bits[name] == bits[name.replace(".w1", ".w3")] for name in bits if name.endswith(".w1"))
     if budget == W4:
         assert set(bits.values()) == {4}
-
-
-def _config(folder: Path):  # type: ignore[no-untyped-def]
-    from s2quant.checkpoint.config import S2Config
-
-    return S2Config.load(folder)
 
 
 def test_target(measured: Path, tmp_path: Path) -> None:
@@ -136,11 +131,11 @@ def test_the_same_search_writes_the_same_bytes_and_no_date(measured: Path, tmp_p
 def test_a_recipe_is_a_budget(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = find(measured, tmp_path / "found.yaml", "--budget", str(RECIPE), "--json")
     assert status == 0
-    planned = make_plan(load_recipe(RECIPE), _config(measured)).num_bytes
+    planned = make_plan(load_recipe(RECIPE), S2Config.load(measured)).num_bytes
     found = json.loads(capsys.readouterr().out)
     assert found["num_bytes"] <= planned
     assert found["dense_bytes"] == DENSE
-    assert make_plan(load_recipe(out), _config(measured)).num_bytes == found["num_bytes"]
+    assert make_plan(load_recipe(out), S2Config.load(measured)).num_bytes == found["num_bytes"]
     origin = next(row for row in read_json(measured / "sensitivity.json")["together"] if row["name"] == "the recipe")
     assert found["kl"] < origin["kl_sum"]  # better at no greater size than what was chosen by hand
     assert yaml.safe_load(out.read_text("utf-8"))["calibration"]["num_sequences"] == 24
@@ -155,9 +150,6 @@ def test_measured_as_a_whole_is_what_whole_models_say(
     assert status == 0
     found = json.loads(capsys.readouterr().out)
     baseline, model = (load_model(tiny_folder, dtype=torch.float32) for _ in range(2))
-    from s2quant.model import module_name
-    from s2quant.packing import unpack
-
     bits = bits_of(out, measured)
     for unit in load_sensitivity(measured).units:
         width = bits[unit.modules[0]]
@@ -270,3 +262,39 @@ def test_outputs_and_inputs_that_do_not_fit(
     assert main(["search", str(measured), "--budget", "14000000", "--quiet"]) == 2
     assert "no --out" in capsys.readouterr().err
     assert not (tmp_path / "a.yaml").exists()
+
+
+def test_quantized_folders_are_held_against_the_prediction(
+    measured: Path, tiny_folder: Path, tiny_quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The damage is that of whole models; a folder calibrated on the held-out speech is told apart."""
+    clean = tmp_path / "clean"
+    recipe = write_recipe(tmp_path / "clean.yaml", yaml.safe_load(RECIPE.read_text("utf-8"))["rules"])
+    words = ["--model", str(tiny_folder), "--out", str(clean), "--sequences", str(NUM_SEQUENCES), "--quiet"]
+    assert main(["quantize", str(recipe), *words]) == 0
+    run = link_copy(measured, tmp_path / "run")
+    capsys.readouterr()
+    check = ["--check", str(clean), "--check", str(tiny_quantized), "--check", str(tiny_folder)]
+    assert main(["search", str(run), *check, "--model", str(tiny_folder), "--curve", "--json", "--quiet"]) == 0
+    rows = json.loads(capsys.readouterr().out)["checked"]
+    sequences = spoken(measured, tiny_folder)
+    baseline = load_model(tiny_folder, dtype=torch.float32)
+    origin = next(row for row in read_json(measured / "sensitivity.json")["together"] if row["name"] == "the recipe")
+    for folder, row in zip((clean, tiny_quantized), rows, strict=False):
+        model = load_model(folder, dtype=torch.float32)
+        assert row["kl_together"] == pytest.approx(whole_model_damage(baseline, model, sequences)["kl"], rel=1e-6)
+        assert row["kl"] == pytest.approx(origin["kl_sum"])
+        ours = load_file(folder / "s2quant" / "calibration.safetensors")
+        split = round(len(ours) * (0.7 if folder == clean else 0.875))
+        used = [ours[name].tolist() for name in sorted(ours)[:split]]
+        assert row["num_seen"] == sum(one.tokens.tolist() in used for one in sequences)
+    assert rows[0]["num_seen"] == 0
+    assert (rows[2]["kl"], rows[2]["kl_together"], rows[2]["num_seen"]) == (0, 0, None)
+    names = [row["name"] for row in read_json(run / "curve.json")["named"]]
+    assert names[-3:] == ["clean", tiny_quantized.name, tiny_folder.name]
+    assert main(["search", str(run), "--check", str(clean), "--quiet"]) == 2
+    assert "--check without --model" in capsys.readouterr().err
+    assert main(["search", str(run), *check, "--model", str(tiny_folder), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("really") == 3
+    assert ("flattered" in printed) == any(row["num_seen"] for row in rows)
