@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from s2quant.export.random import tiny_config
 from s2quant.files import read_json
 from s2quant.model import module_name
 from s2quant.quantize.plan import make_plan
+from s2quant.quantize.store import StageStore
 from s2quant.recipe import load_recipe
 from s2quant.runtime.load import load_model
 from s2quant.search.damage import held_sequences, hold, summarise
+from s2quant.search.store import link_candidates
 from s2quant.search.table import load_sensitivity
 from s2quant.search.units import find_units
 
@@ -279,3 +282,20 @@ def test_a_damaged_table_is_one_clear_error(measured: Path, tmp_path: Path) -> N
     assert "kl -1" in refused(lambda t: t["units"][3]["candidates"][0].update(kl=-1))
     assert "KeyError 'modules'" in refused(lambda t: t["units"][2].pop("modules"))
     assert "settings" in refused(lambda t: t["units"][2]["settings"].update(colour="red"))
+
+
+def test_candidates_are_copied_where_the_disk_has_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StageStore.open(tmp_path / "run.partial", {}, resume=False)
+    for name in ("a@4", "a@8"):
+        (store.stages / f"{name}.safetensors").write_bytes(name.encode())
+
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "out").mkdir()
+    link_candidates(store, tmp_path / "out", {"a": (4, 8)})
+    copies = sorted((tmp_path / "out" / "candidates").iterdir())
+    assert [path.read_bytes() for path in copies] == [b"a@4", b"a@8"]
