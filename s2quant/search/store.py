@@ -77,7 +77,7 @@ def load_dense(
             "a folder with the quantized candidates",
             "run `s2quant sensitivity` without --no-weights, or leave out --model",
         )
-    weights, _ = store.load(candidate_name(unit, bits), dict.fromkeys(modules, (bits, group_size)))
+    weights, _ = store.load(candidate_name(unit, bits), dict.fromkeys(modules, (bits, group_size)), like.device)
     return {name: dense_of(weight, like) for name, weight in weights.items()}
 
 
