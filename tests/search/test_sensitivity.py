@@ -164,13 +164,22 @@ def test_a_stopped_run_ends_with_the_same_bytes(measured: Path, tiny_folder: Pat
         measure(tiny_folder, out)
     with pytest.raises(UserError, match="bits: \\[4, 8\\], now \\[4\\]"):
         measure(tiny_folder, out, bits=(4,), resume=True)
+
+    def late(phase: str, done: int, total: int) -> None:
+        if phase == "combinations":  # every linear is finished
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_folder, out, report=late, resume=True)
     table = measure(tiny_folder, out, resume=True)
     assert listing(out) == listing(measured)
     for path in (path for path in out.rglob("*") if path.is_file()):
         assert path.read_bytes() == (measured / path.relative_to(out)).read_bytes(), path
     assert table == read_json(measured / "sensitivity.json")
     assert listing(tmp_path) == {"run"} | {f"run/{name}" for name in listing(measured)}
-    assert measure(tiny_folder, out, resume=True) == read_json(out / "sensitivity.json")  # killed after its last step
+    (tmp_path / "run.partial").mkdir()  # killed in its last step
+    assert measure(tiny_folder, out, resume=True) == read_json(out / "sensitivity.json")
+    assert not (tmp_path / "run.partial").exists()
     with pytest.raises(UserError, match="made from other input"):
         measure(tiny_folder, out, bits=(4,), resume=True)
     with pytest.raises(UserError, match="exists already"):
