@@ -98,28 +98,35 @@ def pack_w4(weight: QuantizedWeight) -> PackedW4:
     )
 
 
-def pack_gated_w4(first: QuantizedWeight, second: QuantizedWeight) -> PackedW4:
-    """Lay two weights of one input out as one: tiles of 8 outputs of the first and 8 of the second.
+def pair_w4(first: PackedW4, second: PackedW4) -> PackedW4:
+    """Lay two packed weights of one input out as one: tiles of 8 outputs of the first and 8 of the second.
 
     Args:
         first: w1.
-        second: w3; of the same sizes and g_idx.
+        second: w3; of the same sizes and order.
 
     Returns:
         The packed pair; `out_features` counts both.
     """
-    assert first.codes.shape == second.codes.shape and torch.equal(first.g_idx, second.g_idx)
-    codes = torch.stack([first.codes.unflatten(0, (-1, 8)), second.codes.unflatten(0, (-1, 8))], dim=1)
-    scales = torch.stack([first.scales.unflatten(1, (-1, 8)), second.scales.unflatten(1, (-1, 8))], dim=2)
-    return pack_w4(
-        QuantizedWeight(
-            codes=codes.flatten(0, 2),
-            scales=scales.flatten(1, 3),
-            zeros=torch.cat([first.zeros, second.zeros], dim=1),
-            g_idx=first.g_idx,
-            bits=first.bits,
-            group_size=first.group_size,
-        )
+    assert first.words.shape == second.words.shape and first.out_features == second.out_features
+    low = 0x0F0F0F0F  # the nibbles of outputs g; those of g + 8 are the others
+    words = torch.stack(
+        [
+            (first.words & low) | ((second.words & low) << 4),
+            ((first.words >> 4) & low) | (((second.words >> 4) & low) << 4),
+        ],
+        dim=1,
+    )
+    scales = torch.stack([first.scales, second.scales], dim=-1)  # tile step g group half weight
+    words = words.flatten(0, 1)[: first.out_features // 8].contiguous()
+    scales = scales.movedim(-2, 1).flatten(0, 1)[: first.out_features // 8].contiguous()
+    return PackedW4(
+        words=words,
+        scales=scales,
+        order=first.order,
+        out_features=2 * first.out_features,
+        in_features=first.in_features,
+        group_size=first.group_size,
     )
 
 

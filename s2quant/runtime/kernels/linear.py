@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from s2quant.runtime.kernels.launch import INTERPRETED, early_options
 from s2quant.runtime.kernels.ptx import COLUMNS, STEP, TILE, Body, Kind, ask, multiply, num_registers
 
 Epilogue = Literal["store", "gate", "residual"]
@@ -75,7 +76,7 @@ def _plain(weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, 
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def linear_kernel(  # type: ignore[no-untyped-def]
     weight, second, x, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,  # noqa: ANN001
     ASK: tl.constexpr, ASK_OPERANDS: tl.constexpr, MULTIPLY: tl.constexpr, MULTIPLY_OPERANDS: tl.constexpr,
@@ -161,9 +162,6 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + column[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
         if EPILOGUE == "residual":
             tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real)
-
-
-INTERPRETED = not isinstance(linear_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +308,6 @@ def linear(weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, e
     columns = arguments["COLS"]
     rows = -(-num_rows // (COLUMNS * columns))
     assert x.shape[0] >= rows * COLUMNS * columns and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
-    options: dict[str, Any] = {"launch_pdl": True} if early and not INTERPRETED else {}
     # second rows of an ungated bf16 tile lie 8 rows below the first
     second = weight.second if weight.second is not None else weight.first[8:]
     linear_kernel[(weight.num_tiles // shape.tiles, rows)](
@@ -324,7 +321,7 @@ def linear(weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, e
         then.eps,
         **arguments,
         num_warps=shape.warps,
-        **options,
+        **early_options(early),
     )
 
 

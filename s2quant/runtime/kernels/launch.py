@@ -1,0 +1,34 @@
+# mypy: disallow-untyped-decorators=false
+"""What all kernels share: starting before the kernel before has ended, and waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def begin(DEVICE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN201
+    """Let the next kernel start, then wait for the one before: what it wrote may be read from here on."""
+    if DEVICE:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+INTERPRETED = not isinstance(begin, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
+
+
+def early_options(early: bool) -> dict[str, Any]:
+    """Give the launch options of a kernel that may start before the one before it has ended.
+
+    Args:
+        early: Whether it may.
+
+    Returns:
+        Options of a launch; none in the interpreter.
+    """
+    return {"launch_pdl": True} if early and not INTERPRETED else {}
