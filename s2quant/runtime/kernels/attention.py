@@ -54,7 +54,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     qkv, q_norm, k_norm, table, positions, keys, values, part_sums, part_stats, arrived, place, out,  # noqa: ANN001
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,  # noqa: ANN001
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
-    SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):  # fmt: skip # noqa: ANN202
     """Attend; see the module."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -63,8 +64,11 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     kv = tl.program_id(1)
     split = tl.program_id(2)
     position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
-    stretch = tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512))
-    live = position // stretch + 1
+    stretch = BLOCK
+    live = 1
+    if not SINGLE:
+        stretch = tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512))
+        live = position // stretch + 1
     if split < live:
         d = tl.arange(0, WIDTH)
         rows = tl.arange(0, 16)
@@ -86,8 +90,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         weight = tl.where(owner, 1.0, 0.0) + tl.zeros((16,), tl.float32)
         sums = tl.where(owner, 1.0, 0.0) * v.to(tl.float32) + tl.zeros((16, WIDTH), tl.float32)
         first = split * stretch
-        for start in range(first, tl.minimum(first + stretch, position), 64):
-            p = start + tl.arange(0, 64)
+        for start in range(first, tl.minimum(first + stretch, position), BLOCK):
+            p = start + tl.arange(0, BLOCK)
             inside = p < position
             k_t = tl.load(keys + cached + p[None, :] * WIDTH + d[:, None], inside[None, :], 0.0)
             seen = tl.load(values + cached + p[:, None] * WIDTH + d[None, :], inside[:, None], 0.0)
@@ -100,7 +104,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             best = new
         mine = rows < SHARE
         turn = live - 1
-        if live > 1:
+        if not SINGLE and live > 1:
             part = ((slot * KV_HEADS + kv) * SPLITS + split) * SHARE + rows
             tl.store(part_sums + part[:, None] * WIDTH + d[None, :], sums, mine[:, None])
             tl.store(part_stats + part * 2, best, mine)
@@ -108,7 +112,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             tl.debug_barrier()
             turn = tl.atomic_add(arrived + slot * KV_HEADS + kv, 1, sem="acq_rel")
         if turn == live - 1:
-            if live > 1:
+            if not SINGLE and live > 1:
                 tl.store(arrived + slot * KV_HEADS + kv, 0)
                 best = tl.full((16,), -1e30, tl.float32)
                 weight = tl.zeros((16,), tl.float32)
@@ -267,6 +271,8 @@ def attention(
         SPLITS=splits,
         SHORT_=SHORT,
         MEDIUM_=MEDIUM,
+        BLOCK=16 if context <= 16 else 64,
+        SINGLE=context <= 16,
         DEVICE=not INTERPRETED,
         num_warps=4,
         **early_options(early),

@@ -76,7 +76,13 @@ def _plain(weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, 
     return total
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+def _name(compiled: Any) -> str:
+    """Name a compiled kernel so that a profile tells them apart."""
+    c = compiled.constants
+    return f"linear_{c['KIND']}_{c['EPILOGUE']}_k{c['K']}_c{c['COLS']}"
+
+
+@triton.jit(do_not_specialize=["num_rows"], repr=_name)
 def linear_kernel(  # type: ignore[no-untyped-def]
     weight, second, x, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,  # noqa: ANN001
     ASK: tl.constexpr, ASK_OPERANDS: tl.constexpr, MULTIPLY: tl.constexpr, MULTIPLY_OPERANDS: tl.constexpr,
@@ -111,9 +117,9 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             ASK, ASK_OPERANDS, [w_address, s_address, count], dtype=(tl.int32,) * NUM_REGISTERS,
             is_pure=False, pack=1,
         )  # fmt: skip
-    if SCALED and COLS == 1:
+    places = tl.arange(0, MAX_SQUARES)
+    if SCALED and COLS == 1:  # asked for before the loop, used after it
         columns = first_column + tl.arange(0, 8)
-        places = tl.arange(0, MAX_SQUARES)
         inside = (columns < num_rows)[:, None] & (places < num_squares)[None, :]
         squares = tl.load(squares_in + columns[:, None] * num_squares + places[None, :], inside, 0.0)
     if not PLAIN:
@@ -172,11 +178,13 @@ class Shape:
         warps: Warps of a program; they share the inputs.
         tiles: Tiles of 16 outputs of a program.
         depth: Steps of weights under way per warp.
+        columns: Groups of 8 rows of x that a program takes at most; more rows make more programs.
     """
 
     warps: int
     tiles: int
     depth: int
+    columns: int = MOST_COLUMNS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,7 +301,9 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // whole) * whole
 
 
-def linear(weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, early: bool = False) -> None:
+def linear(
+    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, early: bool = False, launch: bool = True
+) -> None:
     """Multiply, and do what comes after.
 
     Args:
@@ -303,6 +313,7 @@ def linear(weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, e
         then: What is done with the product; its tensors have M rows or more.
         shape: How to cut it up.
         early: Whether the kernel may start before the one before it has ended (programmatic dependent launch).
+        launch: Whether to launch it, not only to compile it.
     """
     arguments = linear_arguments(weight, num_rows, then, shape)
     columns = arguments["COLS"]
@@ -310,19 +321,16 @@ def linear(weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, e
     assert x.shape[0] >= rows * COLUMNS * columns and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
     # second rows of an ungated bf16 tile lie 8 rows below the first
     second = weight.second if weight.second is not None else weight.first[8:]
-    linear_kernel[(weight.num_tiles // shape.tiles, rows)](
-        weight.first,
-        second,
-        x,
-        *_tensors(then, x),
-        num_rows,
-        then.out.shape[1],
-        1 if then.squares_in is None else then.squares_in.shape[1],
-        then.eps,
-        **arguments,
-        num_warps=shape.warps,
-        **early_options(early),
+    grid = (weight.num_tiles // shape.tiles, rows)
+    values = (
+        *(weight.first, second, x, *_tensors(then, x), num_rows, then.out.shape[1]),
+        *(1 if then.squares_in is None else then.squares_in.shape[1], then.eps),
     )
+    options = {**arguments, "num_warps": shape.warps, **early_options(early)}
+    if launch:
+        linear_kernel[grid](*values, **options)
+    else:
+        linear_kernel.warmup(*values, grid=grid, **options)
 
 
 def _tensors(then: Then, any_tensor: Tensor) -> list[Tensor]:
@@ -343,7 +351,7 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) ->
         The kernel's constants.
     """
     assert weight.num_tiles % shape.tiles == 0, (weight.num_tiles, shape)
-    columns = columns_for(num_rows)
+    columns = min(columns_for(num_rows), shape.columns)
     body = body_of(weight, shape, columns)
     squares = 1 if then.squares_in is None else then.squares_in.shape[1]
     return {

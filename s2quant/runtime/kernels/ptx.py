@@ -18,6 +18,7 @@ work if the launch says so; whatever it wrote is read after that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -182,7 +183,6 @@ class _Writer:
         if self.looped:
             out += ["AGAIN:", f"setp.gt.s32 ahead, rem, {self.depth};"]
         for u in range(self.depth):
-            out += self._x(u)
             out += self._multiply(u)
             if self.looped:
                 out += self.load(u, u + self.depth, guard="ahead" if body.exact else None)
@@ -235,11 +235,11 @@ class _Writer:
                     out += self._guarded(step, names, load, guard)
         return out
 
-    def _x(self, u: int) -> list[str]:
-        """Load the x of a step: 16 bytes per 32 inputs and group of rows."""
+    def _x(self, u: int, blocks: Iterable[int]) -> list[str]:
+        """Load x: 16 bytes per run of 32 inputs and group of rows."""
         out = []
-        for c in range(self.body.columns):
-            for i in range(self.blocks):
+        for i in blocks:
+            for c in range(self.body.columns):
                 names = [f"x{c}_{i}_{n}" for n in range(4)]
                 where = u * STEP[self.body.kind] * 2 + 64 * i + c * COLUMNS * self.body.in_features * 2
                 out += self._guarded(u, names, f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];", None)
@@ -253,44 +253,48 @@ class _Writer:
         )
 
     def _multiply(self, u: int) -> list[str]:
-        return self._multiply_w4(u) if self.body.kind == "w4" else self._multiply_bf16(u)
-
-    def _multiply_bf16(self, u: int) -> list[str]:
-        body, out = self.body, []
-        for r in range(body.tiles):
-            for i in range(self.blocks):
-                for half in range(2):  # inputs 4 half .. 4 half + 3 of the lane's eight
-                    low, high = 8 * i + 2 * half, 8 * i + 4 + 2 * half
-                    a = [f"w{u}_{r}_{n}" for n in (low, high, low + 1, high + 1)]
-                    for c in range(body.columns):
-                        n = 4 * (r * body.columns + c)
-                        x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
-                        out.append(self._mma("acc", n, a, x, [f"acc{n + j}" for j in range(4)]))
+        """Multiply a step; few rows of x are all asked for at first, many as they are needed, to spare registers."""
+        size = self.body.group_size // 32 if self.body.kind == "w4" else 1
+        groups = [range(first, first + size) for first in range(0, self.blocks, size)]
+        early = self.body.columns <= 2
+        out = self._x(u, range(self.blocks)) if early else []
+        for number, blocks in enumerate(groups):
+            out += [] if early else self._x(u, blocks)
+            out += self._group_w4(u, number, blocks) if self.body.kind == "w4" else self._block_bf16(u, number)
         return out
 
-    def _multiply_w4(self, u: int) -> list[str]:
+    def _block_bf16(self, u: int, i: int) -> list[str]:
         body, out = self.body, []
-        blocks_per_group = body.group_size // 32
-        for group in range(self.groups):
-            inputs = [(group * blocks_per_group + i, half) for i in range(blocks_per_group) for half in range(2)]
-            for c in range(body.columns):
-                for number, (i, half) in enumerate(inputs):
-                    x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
-                    start = ["zero"] * 4 if number == 0 else [f"off{4 * c + j}" for j in range(4)]
-                    out.append(self._mma("off", 4 * c, ["minus"] * 4, x, start))
-            for r in range(body.tiles):
-                for number, (i, half) in enumerate(inputs):
-                    out += self._unpack(f"w{u}_{r}_{2 * i + half}")
-                    for c in range(body.columns):
-                        x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
-                        source = "off" if number == 0 else "c"
-                        out.append(self._mma("c", 4 * c, ["a0", "a1", "a2", "a3"], x, [f"{source}{4 * c + j}" for j in range(4)]))
-                out += self._scales(f"s{u}_{r}_{group}")
+        for r in range(body.tiles):
+            for half in range(2):  # inputs 4 half .. 4 half + 3 of the lane's eight
+                low, high = 8 * i + 2 * half, 8 * i + 4 + 2 * half
+                a = [f"w{u}_{r}_{n}" for n in (low, high, low + 1, high + 1)]
                 for c in range(body.columns):
                     n = 4 * (r * body.columns + c)
-                    out += [
-                        f"fma.rn.f32 acc{n + j}, c{4 * c + j}, s{j // 2}, acc{n + j};" for j in range(4)
-                    ]  # outputs g, g, g + 8, g + 8
+                    x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
+                    out.append(self._mma("acc", n, a, x, [f"acc{n + j}" for j in range(4)]))
+        return out
+
+    def _group_w4(self, u: int, group: int, blocks: Iterable[int]) -> list[str]:
+        body, out = self.body, []
+        inputs = [(i, half) for i in blocks for half in range(2)]
+        for c in range(body.columns):
+            for number, (i, half) in enumerate(inputs):
+                x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
+                start = ["zero"] * 4 if number == 0 else [f"off{4 * c + j}" for j in range(4)]
+                out.append(self._mma("off", 4 * c, ["minus"] * 4, x, start))
+        for r in range(body.tiles):
+            for number, (i, half) in enumerate(inputs):
+                out += self._unpack(f"w{u}_{r}_{2 * i + half}")
+                for c in range(body.columns):
+                    x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
+                    source = "off" if number == 0 else "c"
+                    sums = [f"{source}{4 * c + j}" for j in range(4)]
+                    out.append(self._mma("c", 4 * c, ["a0", "a1", "a2", "a3"], x, sums))
+            out += self._scales(f"s{u}_{r}_{group}")
+            for c in range(body.columns):
+                n = 4 * (r * body.columns + c)  # outputs g, g, g + 8, g + 8
+                out += [f"fma.rn.f32 acc{n + j}, c{4 * c + j}, s{j // 2}, acc{n + j};" for j in range(4)]
         return out
 
     def _unpack(self, word: str) -> list[str]:

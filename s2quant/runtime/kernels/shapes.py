@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from s2quant.runtime.kernels.linear import Shape, Weight
 from s2quant.runtime.kernels.ptx import STEP
 
@@ -57,7 +59,7 @@ def rule(weight: Weight, columns: int) -> Shape:
     exact = [depth for depth in range(min(wanted, most), 1, -1) if most % depth == 0]
     depth = exact[0] if exact else min(wanted, most)
     tiles = 2 if columns >= 4 and weight.num_tiles % 2 == 0 else 1
-    return Shape(warps=warps, tiles=tiles, depth=depth)
+    return Shape(warps=warps, tiles=tiles, depth=depth, columns=columns)
 
 
 def candidates(weight: Weight, columns: int) -> list[Shape]:
@@ -72,15 +74,14 @@ def candidates(weight: Weight, columns: int) -> list[Shape]:
     """
     found = [rule(weight, columns)]
     steps = weight.in_features // STEP[weight.kind]
-    for warps in (4, 8, 16):
+    widths = {columns, min(columns, 4)}
+    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 4, 5), sorted(widths)):
         most = -(-steps // warps)
-        for tiles in (1, 2, 4):
-            for depth in (1, 2, 3, 4, 5, 8):
-                registers = tiles * (min(depth, most) * (12 if weight.kind == "w4" else 16) + 4 * columns)
-                few = tiles == 1 and columns >= 4
-                if weight.num_tiles % tiles or depth > most or registers > 200 or few or warps > steps:
-                    continue
-                if most % depth and depth not in (4, 5):
-                    continue
-                found.append(Shape(warps=warps, tiles=tiles, depth=depth))
+        registers = tiles * (min(depth, most) * (12 if weight.kind == "w4" else 16) + 4 * width) + 12 * width
+        wasteful = most % depth and (depth < 4 or most < depth)
+        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= 200 or warps > steps:
+            continue
+        if (width >= 4 and tiles == 1) or (width == 1 and tiles > 1 and weight.num_tiles < 512):
+            continue  # many rows of x: read them for several tiles; few rows: have many programs
+        found.append(Shape(warps=warps, tiles=tiles, depth=depth, columns=width))
     return list(dict.fromkeys(found))
