@@ -177,7 +177,7 @@ def _pair(block: Block) -> _Linear:
             return _dense(first.weight.detach(), second.weight.detach())
         assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
         gate = PairedFeedForward(TritonLinear(pair_w4(first.packed, second.packed)), block.feed_forward.w2)
-        block.feed_forward = gate  # type: ignore[assignment]
+        block.feed_forward = gate
     packed = gate.pair.packed
     weight = Weight(
         kind="w4",
@@ -220,9 +220,7 @@ class FusedFrame:
         early: Whether kernels start before the ones before them have ended.
     """
 
-    def __init__(
-        self, model: DualAR, num_slots: int, residual_size: int, max_context: int, early: bool = True
-    ) -> None:
+    def __init__(self, model: DualAR, num_slots: int, residual_size: int, max_context: int, early: bool = True) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
         from s2quant.runtime.kernels.linear import padded_rows
 

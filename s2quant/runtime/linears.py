@@ -180,5 +180,5 @@ def _triton_linear(weight: QuantizedWeight) -> QuantizedLinear:
 
     obstacle = weight_obstacle(weight)
     if obstacle:
-        raise UserError(f"the triton backend: {obstacle}", "a weight and a GPU its kernels take", "use the int4 backend")
+        raise UserError(f"the triton backend: {obstacle}", "a weight and a GPU its kernels take", "use another backend")
     return TritonLinear(pack_w4(weight))

@@ -88,9 +88,7 @@ def make(case: Case, device: torch.device) -> Made:
     if case.kind == "w4":
         quantized = [random_quantized(rows, case.in_features, case.group_size, device) for _ in range(halves)]
         shared = quantized[0].g_idx
-        packed = [
-            pack_w4(QuantizedWeight(**{**vars(part), "g_idx": shared})) for part in quantized
-        ]
+        packed = [pack_w4(QuantizedWeight(**{**vars(part), "g_idx": shared})) for part in quantized]
         whole = pair_w4(*packed) if case.gated else packed[0]
         weight = Weight(
             kind="w4",
@@ -129,9 +127,7 @@ def then_for(case: Case, weight: Weight, rows: int, shape: Shape, device: torch.
         squares_in=case.in_features * (0.5 + torch.rand(rows, 160, device=device)) / 160 if scaled else None,
         hidden=None if scaled else torch.randn(rows, outputs, device=device),
         norm=None if scaled else torch.rand(outputs, device=device).bfloat16(),
-        squares_out=None
-        if scaled
-        else torch.full((rows, weight.num_tiles // shape.tiles), poison, device=device),
+        squares_out=None if scaled else torch.full((rows, weight.num_tiles // shape.tiles), poison, device=device),
         eps=1e-6 if scaled else 0.0,
     )
 
@@ -181,9 +177,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def seconds_of(
-    case: Case, weights: list[Weight], rows: int, shape: Shape, device: torch.device, early: bool
-) -> float:
+def seconds_of(case: Case, weights: list[Weight], rows: int, shape: Shape, device: torch.device, early: bool) -> float:
     """Time one product, in a row of others with other weights."""
     x = torch.randn(padded_rows(rows), case.in_features, device=device).bfloat16()
     then = then_for(case, weights[0], rows, shape, device)

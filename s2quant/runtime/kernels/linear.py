@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-decorators=false
+# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
+# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
 """Linears of a few rows: every weight is read once, straight into the tensor cores, and the result is used at once.
 
 Legend: M rows of x, N outputs, K inputs, T threads, W warps; a tile is 16 outputs.
@@ -20,8 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, early_options
@@ -32,7 +33,7 @@ MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
 
 
 @triton.jit
-def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.constexpr):
     """Read [16, S] of a bf16 weight, or 8 rows of each of two."""
     if GATED:
         low = tl.load(weight + (row // 16 * 8 + row % 8)[:, None] * K + inputs[None, :])
@@ -44,7 +45,7 @@ def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.conste
 
 
 @triton.jit
-def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr):
     """Read [16, S] of a packed weight."""
     steps = K // 128
     tile = row // 16
@@ -62,7 +63,9 @@ def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _plain(weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, E501
+def _plain(
+    weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr
+):
     """Multiply a tile with 8 rows of x, float32 [16, 8], with nothing but Triton's own operations."""
     total = tl.zeros((16, 8), tl.float32)
     for start in range(0, K, 64):
@@ -83,14 +86,14 @@ def _name(compiled: Any) -> str:
 
 
 @triton.jit(do_not_specialize=["num_rows"], repr=_name)
-def linear_kernel(  # type: ignore[no-untyped-def]
-    weight, second, x, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,  # noqa: ANN001
+def linear_kernel(
+    weight, second, x, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
     ASK: tl.constexpr, ASK_OPERANDS: tl.constexpr, MULTIPLY: tl.constexpr, MULTIPLY_OPERANDS: tl.constexpr,
     NUM_REGISTERS: tl.constexpr, PLAIN: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, K: tl.constexpr, TOTAL_STEPS: tl.constexpr, WARP_STEPS: tl.constexpr, WARPS: tl.constexpr,
     TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
     MAX_SQUARES: tl.constexpr,
-):  # fmt: skip # noqa: ANN202
+):  # fmt: skip
     """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
     first_tile = tl.program_id(0) * TILES
     first_column = tl.program_id(1) * COLS * 8

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 Kind = Literal["w4", "bf16"]
@@ -65,7 +65,7 @@ class Body:
         return 4 * self.tiles * self.columns
 
 
-@lru_cache(maxsize=None)
+@cache
 def ask(body: Body) -> tuple[str, str]:
     """Generate the first part: ask for the weights of the first steps, then wait for the kernel before.
 
@@ -95,7 +95,7 @@ def ask(body: Body) -> tuple[str, str]:
     return "\n".join(lines), ",".join(["=r"] * len(names) + ["l", "l", "r", "~{memory}"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiply(body: Body) -> tuple[str, str]:
     """Generate the second part: everything else.
 

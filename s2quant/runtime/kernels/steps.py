@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-decorators=false
+# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
+# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
 """What stands between the transformers: embed a column, draw a code, embed the code; one program per row.
 
 Legend: B rows, D width, N codebooks, C semantic candidates and the end, R residual candidates, K frames of random
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, begin, early_options
@@ -23,13 +24,13 @@ from s2quant.runtime.sampler import RAS_TEMPERATURE, RAS_TOP_P, RAS_WINDOW, SMAL
 
 
 @triton.jit
-def _rounded(x, DEVICE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _rounded(x, DEVICE: tl.constexpr):
     """Round float32 to bf16 and back."""
     return x.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
-def _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, E501
+def _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED: tl.constexpr):
     """Write a row of the hidden vectors, and of the next linear's input."""
     x = tl.where(inside, x, 0.0)
     tl.store(hidden + row * D + d, x, inside)
@@ -42,10 +43,10 @@ def _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACE
 
 
 @triton.jit
-def embed_kernel(  # type: ignore[no-untyped-def]
-    columns, text, audio, norm, place, hidden, out, squares, first_semantic, last_semantic, codebook_size, root,  # noqa: ANN001
+def embed_kernel(
+    columns, text, audio, norm, place, hidden, out, squares, first_semantic, last_semantic, codebook_size, root,
     D: tl.constexpr, BLOCK: tl.constexpr, CODEBOOKS: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
-):  # fmt: skip # noqa: ANN202
+):  # fmt: skip
     """Look up a column: the token, and at a frame its codes, as `SlowAR.embed` rounds them."""
     begin(DEVICE)
     row = tl.program_id(0)
@@ -64,34 +65,34 @@ def embed_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _next(left, index, cumulated, largest):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _next(left, index, cumulated, largest):
     """Take the best candidate left: its logit, its index, the probability up to it."""
     value, which = tl.max(left, axis=0, return_indices=True)
     return value, which, cumulated + tl.exp(value - largest), tl.where(index == which, float("-inf"), left)
 
 
 @triton.jit
-def _score(value, best, uniform, temperature, SMALLEST: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _score(value, best, uniform, temperature, SMALLEST: tl.constexpr):
     """Say how a survivor does in the draw."""
     return tl.exp((value - best) / tl.maximum(temperature, 1e-5)) / -tl.log(tl.maximum(uniform, SMALLEST))
 
 
 @triton.jit
-def _log_sum_exp(logits):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _log_sum_exp(logits):
     """Log of the sum of exponentials, and the largest logit."""
     best = tl.max(logits, axis=0)
     return best + tl.log(tl.sum(tl.exp(logits - best), axis=0)), best
 
 
 @triton.jit
-def semantic_kernel(  # type: ignore[no-untyped-def]
-    logits, uniform, temperature, top_p, top_k, ignore_end, windows, first, draws, columns,  # noqa: ANN001
-    slow_hidden, slow_squares, slow_norm, slow_eps, embeddings, norm, place, hidden, out, squares,  # noqa: ANN001
-    num_squares, batch, first_semantic, end_token,  # noqa: ANN001
+def semantic_kernel(
+    logits, uniform, temperature, top_p, top_k, ignore_end, windows, first, draws, columns,
+    slow_hidden, slow_squares, slow_norm, slow_eps, embeddings, norm, place, hidden, out, squares,
+    num_squares, batch, first_semantic, end_token,
     C: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr, WINDOW: tl.constexpr, COLUMN: tl.constexpr,
     RAS_T: tl.constexpr, RAS_P: tl.constexpr, SMALLEST: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
     MAX_SQUARES: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
-):  # fmt: skip # noqa: ANN202
+):  # fmt: skip
     """Draw the semantic code or the end, with its one swap; begin the Fast AR with the hidden vector and the code."""
     begin(DEVICE)
     row = tl.program_id(0)
@@ -149,13 +150,13 @@ def semantic_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def residual_kernel(  # type: ignore[no-untyped-def]
-    logits, uniform, temperature, top_p, top_k, first, draws, positions, columns,  # noqa: ANN001
-    embeddings, norm, place, hidden, out, squares, number,  # noqa: ANN001
+def residual_kernel(
+    logits, uniform, temperature, top_p, top_k, first, draws, positions, columns,
+    embeddings, norm, place, hidden, out, squares, number,
     R: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr, CODEBOOKS: tl.constexpr,
     SMALLEST: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, LAST: tl.constexpr, PLACED: tl.constexpr,
     DEVICE: tl.constexpr,
-):  # fmt: skip # noqa: ANN202
+):  # fmt: skip
     """Draw a residual code; feed it back, or end the frame."""
     begin(DEVICE)
     row = tl.program_id(0)
@@ -181,7 +182,7 @@ def residual_kernel(  # type: ignore[no-untyped-def]
         best_score = tl.where(better, score, best_score)
         rank += 1
         going = stays & (rank < R) & (value > float("-inf"))
-    tl.store(columns + row * (1 + CODEBOOKS) + 1 + number, code.to(tl.int64))
+    tl.store(columns + row * (1 + CODEBOOKS) + 1 + number, tl.cast(code, tl.int64))
     if LAST:
         tl.store(positions + row, tl.load(positions + row) + 1)
         tl.store(draws + row, drawn + 1)
@@ -189,7 +190,7 @@ def residual_kernel(  # type: ignore[no-untyped-def]
     else:
         d = tl.arange(0, D_BLOCK)
         inside = d < D
-        x = tl.load(embeddings + code.to(tl.int64) * D + d, inside, 0.0).to(tl.float32)
+        x = tl.load(embeddings + tl.cast(code, tl.int64) * D + d, inside, 0.0).to(tl.float32)
         _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED)
 
 
