@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
 """A packed 4-bit weight as a bf16 matrix, for as many rows as make a matrix product cheaper than reading nibbles."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN201 (what Triton compiles has no types to write down)
 """What all kernels share: starting before the kernel before has ended, and waiting for it."""
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ def begin(DEVICE: tl.constexpr):
 INTERPRETED = not isinstance(begin, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
 
 
+def _knows_early() -> bool:
+    from triton.backends.nvidia.compiler import CUDAOptions  # type: ignore[import-untyped]
+
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__
+
+
+KNOWS_EARLY = not INTERPRETED and _knows_early()  # else kernels start one after the other
+
+
 def early_options(early: bool) -> dict[str, Any]:
     """Give the launch options of a kernel that may start before the one before it has ended.
 
@@ -30,6 +39,6 @@ def early_options(early: bool) -> dict[str, Any]:
         early: Whether it may.
 
     Returns:
-        Options of a launch; none in the interpreter.
+        Options of a launch; none where Triton does not know how.
     """
-    return {"launch_pdl": True} if early and not INTERPRETED else {}
+    return {"launch_pdl": True} if early and KNOWS_EARLY else {}
