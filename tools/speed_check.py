@@ -89,10 +89,17 @@ def bandwidth(check: Check) -> dict[str, Any]:
 
 
 def kernels(check: Check) -> list[dict[str, Any]]:
+    from s2quant.runtime.kernels.linear import columns_for
     from tools.speed import linears
 
     found = []
-    for case in linears.cases(sizes_of(config_of(check.options.size))):
+    cases = linears.cases(sizes_of(config_of(check.options.size)))
+    if check.device.type == "cuda":
+        columns = {columns_for(rows): rows for rows in ROWS[check.options.size]}.values()
+        wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False)]
+        failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.left(0.3))
+        check.say(f"{len(wanted)} kernels compiled, {failed} not")
+    for case in cases:
         for rows in ROWS[check.options.size]:
             torch.manual_seed(rows)
             row: dict[str, Any] = {"case": f"{case.kind} {case.name}", "rows": rows}
@@ -115,7 +122,7 @@ def tune(check: Check) -> list[dict[str, Any]]:
     cases = linears.cases(sizes_of(config_of(check.options.size)))
     pairs = [(case, rows) for rows in TUNED_ROWS[check.options.size] for case in cases]
     if check.device.type == "cuda":
-        wanted = [job for case, rows in pairs for job in linears.jobs(case, rows)]
+        wanted = [job for case, rows in pairs for job in linears.jobs(case, rows, True)]
         failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.left(0.35))
         check.say(f"{len(wanted)} shapes compiled, {failed} not")
     until, found = check.left(0.3), []

@@ -140,7 +140,8 @@ def errors(case: Case, rows: int, device: torch.device, shape: Shape | None = No
     x[:rows] = torch.randn(rows, case.in_features, device=device)
     then = then_for(case, made.weight, rows, shape, device)
     before = None if then.hidden is None else then.hidden.double()
-    linear(made.weight, x, rows, then, shape)
+    synchronize(device)  # a kernel that starts early reads its weights before it waits
+    linear(made.weight, x, rows, then, shape, early=True)
     exact = [x[:rows].double() @ matrix.double().T for matrix in made.matrices]
     if then.squares_in is not None:
         scale = (then.squares_in.double().sum(1) / case.in_features + 1e-6).rsqrt()[:, None]
@@ -155,6 +156,12 @@ def errors(case: Case, rows: int, device: torch.device, shape: Shape | None = No
         found["squares"] = relative(then.squares_out.sum(1), wanted.square().sum(1))
         wanted = wanted * then.norm.double()
     return found | {"out": relative(out, wanted)}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -244,8 +251,8 @@ def compile_one(case: Case, rows: int, shape: Shape) -> None:
     linear(weight, x, rows, then, shape, True, launch=False)
 
 
-def jobs(case: Case, rows: int) -> Iterator[tuple[Case, int, Shape]]:
-    """List what tuning will need compiled."""
+def jobs(case: Case, rows: int, every: bool) -> Iterator[tuple[Case, int, Shape]]:
+    """List what will need compiled: every shape worth trying, or the one in use."""
     kind = Weight(
         kind=case.kind,
         first=torch.empty(0),
@@ -255,7 +262,8 @@ def jobs(case: Case, rows: int) -> Iterator[tuple[Case, int, Shape]]:
         group_size=case.group_size,
         gated=case.gated,
     )
-    for shape in candidates(kind, columns_for(rows)):
+    columns = columns_for(rows)
+    for shape in candidates(kind, columns) if every else [shape_for(kind, columns)]:
         yield case, rows, shape
 
 
