@@ -39,13 +39,14 @@ def random_model(config: S2Config, device: torch.device) -> DualAR:
     return model.eval()
 
 
-def shared_copy(model: DualAR) -> DualAR:
-    """Make a second model with the same tensors, whose modules may be replaced."""
+def shared_copy(model: DualAR, dtype: torch.dtype | None = None) -> DualAR:
+    """Make a second model with the same tensors, or copies in another dtype; its modules may be replaced."""
     with torch.device("meta"):
         twin = DualAR(model.config)
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
-        setattr(twin.get_submodule(owner), last, parameter)
+        tensor = parameter if dtype is None else nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        setattr(twin.get_submodule(owner), last, tensor)
     return twin.eval()
 
 
@@ -190,8 +191,7 @@ def exactness(models: dict[str, DualAR], prompt: int, frames: int, residual: int
     """Compare, over forced frames, the fused bf16 frame and the plain bf16 decoder with float32."""
     model = models["bf16"]
     tokens = forced_tokens(model.config, prompt, frames)
-    wide = shared_copy(model)
-    wide.float()
+    wide = shared_copy(model, torch.float32)
     exact, exact_hidden = plain_logits(wide, tokens, prompt)
     plain, plain_hidden = plain_logits(model, tokens, prompt)
     fused, drawn, last = fused_logits(model, tokens, prompt, residual)
@@ -234,10 +234,10 @@ def graph_is_eager(model: DualAR, batch: int, position: int, residual: int, fram
     """Draw the same frames with and without a graph, and one row alone: how many columns differ."""
     drawn = []
     for graphs in (False, None):
-        decoder = seated(model, batch, position, residual, fused=None, graphs=graphs)
+        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs)
         drawn.append(torch.stack([decoder.launch(batch).columns() for _ in range(frames)]))
-    alone = seated(model, 1, position, residual, fused=None, graphs=None)
-    keys = seated(model, batch, position, residual, fused=None, graphs=False)
+    alone = seated(model, 1, position, residual, fused=True, graphs=None)
+    keys = seated(model, batch, position, residual, fused=False, graphs=False)
     alone.cache.keys[:, :1], alone.cache.values[:, :1] = keys.cache.keys[:, :1], keys.cache.values[:, :1]
     single = torch.stack([alone.launch(1).columns() for _ in range(frames)])
     return {
