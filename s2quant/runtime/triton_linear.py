@@ -8,6 +8,8 @@ imported when the first such linear is made: it is no dependency of a CPU.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,14 +31,14 @@ def triton_obstacle(device: torch.device) -> str | None:
     Returns:
         The reason, or None when they can; on a CPU they can where Triton interprets them.
     """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # Triton's own switch
+        return f"no Triton kernels for {device.type}"
     try:
         from s2quant.runtime.kernels.launch import INTERPRETED
     except ImportError as error:
         return f"triton is not installed ({error})"
     if INTERPRETED:
         return None
-    if device.type != "cuda":
-        return f"no Triton kernels for {device.type}"
     if torch.cuda.get_device_capability(device) < HOPPER:
         return "a GPU older than Hopper (compute capability 9.0)"
     return None
