@@ -1,6 +1,6 @@
 """Check and time the fast decoder's kernels on one GPU: linears, whole frames, exactness, a profile.
 
-    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 520]
+    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 540]
 
 Needs no files: weights are random, drawn on the device. Writes DIR/speed.json after every part and DIR/speed.md at
 the end; a part that fails is recorded and does not lose the others. `--size tiny --device cpu` with
@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PARTS = ("bandwidth", "kernels", "tune", "linears", "frames", "exact", "profile")
+PARTS = ("bandwidth", "kernels", "tune", "frames", "exact", "profile", "linears")
 BATCHES = {"s2-pro": (1, 8, 32, 64), "tiny": (1,)}
 ROWS = {"s2-pro": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 9)}
 TUNED_ROWS = {"s2-pro": (1, 16, 32, 64), "tiny": (1,)}
@@ -315,7 +315,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--size", choices=sorted(BATCHES), default="s2-pro")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=520, help="parts begin only while there is time")
+    parser.add_argument("--seconds", type=float, default=540, help="parts begin only while there is time")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     check = Check(options)
