@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ TEXT = "Hello [laughing] there. This sentence is spoken by a model of the real s
 
 
 class Phases:
-    """Seconds by phase, from the progress reports of the job itself."""
+    """Seconds by phase, from the progress reports of the job itself; `keep` is called after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self.keep = keep
         self.name, self.since = "start", time.perf_counter()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -45,8 +47,9 @@ class Phases:
         if name != self.name:
             now = time.perf_counter()
             self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self.since
+            print(f"  {self.name}: {now - self.since:.1f} s; {name} ...", flush=True)
             self.name, self.since = name, now
-            print(f"  {name} ...", flush=True)
+            self.keep()
 
 
 class Clock:
@@ -153,7 +156,9 @@ def main() -> int:
         keep()
     print(f"quantize ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
     out = options.work / "w4a16"
-    facts |= timed_quantization(options, recipe, model, out)
+    phases = Phases(keep)
+    facts["phases_s"] = phases.seconds  # filled while the job runs
+    facts |= timed_quantization(options, recipe, model, out, phases)
     keep()
     print(f"inspect ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
     found = inspect_folder(out)
@@ -170,12 +175,14 @@ def main() -> int:
     return 0 if facts["counts_right"] and not found.faults else 1
 
 
-def timed_quantization(options: argparse.Namespace, recipe: Path, model: Path, out: Path) -> dict[str, Any]:
+def timed_quantization(
+    options: argparse.Namespace, recipe: Path, model: Path, out: Path, phases: Phases
+) -> dict[str, Any]:
     """Do the whole job of `s2quant quantize` and say how long it took, by phase, and what it needed."""
     from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
 
     Clock(options.device).reset_peak()
-    phases, started = Phases(), time.perf_counter()
+    started = time.perf_counter()
     records = quantize_checkpoint(
         QuantizeOptions(
             recipe=recipe,

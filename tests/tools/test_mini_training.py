@@ -170,7 +170,8 @@ def test_the_tokenizer_gives_words_whole(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("kind", list(prompts.KINDS))
 def test_training_sequences_are_prompts_and_answers(data: Path, tokenizer: Tokenizer, kind: str) -> None:
-    conversation = prompts.draw_conversation(spoken(data), random.Random(1), kind)
+    source = spoken(data)
+    conversation, utterances = prompts.draw_conversation(source, random.Random(1), kind)
     tokens, goal = prompts.encode(conversation, tokenizer)
     said = [message for message in conversation.messages if message.role == "user"]
     spoken_parts = [m.parts[0].codes for m in conversation.messages if m.role == "assistant"]
@@ -187,6 +188,14 @@ def test_training_sequences_are_prompts_and_answers(data: Path, tokenizer: Token
     assert answer.shape[1] == goal + 1
     assert np.array_equal(answer[1:, : goal - 1], spoken_parts[-1].numpy())
     assert answer[0, goal - 1] == tokenizer.im_end_id
+    labels = source.phones_of(utterances)
+    first = utterances[0]
+    inside = int(source.frames[first]) - 3
+    expected = source.phones[source.starts[first] : source.starts[first] + source.frames[first]]
+    assert labels.shape == (goal, 8)
+    assert np.array_equal(labels[:inside, :4], expected[:inside])
+    assert np.array_equal(labels[:inside, 4:], expected[3:])
+    assert not labels[-1].any()  # silence behind the end
 
 
 def test_rows_hold_whole_conversations_and_the_loss_is_the_models(
@@ -202,13 +211,14 @@ def test_rows_hold_whole_conversations_and_the_loss_is_the_models(
     for p in trainer.model.parameters():
         if p.ndim == 2 and not p.any():
             torch.nn.init.normal_(p, std=0.05)
-    batch = trainer.draw(rows, wrong=0.0)
+    batch = trainer.draw(rows, wrong=(0.0,))
     index = int(batch["document"].max())
     inside = batch["document"][0] == index
     alone = batch["tokens"][:, :, inside]
     start = int(inside.nonzero()[0, 0])
     keep = (batch["counts"] > 0) & inside[batch["chosen"]]
-    one = batch | {"chosen": batch["chosen"][keep], "counts": batch["counts"][keep]}
+    one = batch | {name: batch[name][keep] for name in ("chosen", "counts", "phones")}
+    assert torch.equal(batch["phones"], rows.phones[0].flatten(0, 1)[batch["chosen"]].long()) or len(rows.phones[0]) > 1
     with torch.no_grad():
         found, whole = trainer.losses(**one), trainer.model(alone)
     places = one["chosen"] - start
@@ -227,7 +237,7 @@ def test_the_dual_ar_learns_and_speaks(data: Path, tokenizer: Tokenizer, tmp_pat
     rows.refresh()
     trainer = dual.Trainer(SMALL_DUAL, "cpu", 0, log, compiled=False, batch=1, num_targets=128)
     trainer.warm_up()
-    batch = trainer.draw(rows, wrong=0.5)
+    batch = trainer.draw(rows, wrong=(0.5,))
     changed = (batch["heard"] != batch["tokens"]).any(1)
     frames = trainer.model.slow.is_semantic(batch["tokens"])
     assert changed.any()

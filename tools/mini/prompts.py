@@ -1,13 +1,14 @@
 """Training sequences for the Dual-AR: real prompts of the project's own prompt code, packed into rows.
 
-Legend: N codebooks, F frames, T positions of a row, R rows.
+Legend: N codebooks, F frames, T positions of a row, R rows, H phonemes per position.
 
     python -m mini.prompts --data DIR --codes FILE --tokenizer DIR --out DIR      (from tools/; waits for FILE)
 
 Kinds of conversation: one voice cloned from another sentence of it; no reference (then the default voice speaks);
 speakers 0 to 3 without references (each has a default voice); two cloned speakers in a dialogue; earlier turns.
 A row holds several whole conversations; `document` tells them apart, `target` marks what the model has to predict:
-the frames of the last assistant message, and the im_end behind them.
+the frames of the last assistant message, and the im_end behind them; `phones` says what is spoken there and a little
+later.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from s2quant.prompt.build import conversation
 DEFAULT_VOICES = VOICES  # of speakers 0 to 3, when a text has speaker marks and no references
 KINDS = {"clone": 40, "plain": 22, "speakers": 12, "dialogue": 16, "history": 10}
 CHUNK_ROWS = 1000  # small, so that training begins soon
+AHEAD = (0, 3)  # frames; four phonemes of each are the labels of a position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Spoken:
 
     texts: list[str]
     codes: Tensor  # int16 [N, all F]
+    phones: np.ndarray  # uint8 [all F, 4]
     starts: np.ndarray
     frames: np.ndarray
     by_voice: dict[str, list[int]]
@@ -57,6 +60,7 @@ class Spoken:
         return cls(
             texts=[row["text"] for row in speech.rows],
             codes=codes,
+            phones=speech.phones.numpy(),
             starts=speech.frame_starts,
             frames=speech.frames,
             by_voice=by_voice,
@@ -67,14 +71,22 @@ class Spoken:
         """int16 [N, F] of one utterance."""
         return self.codes[:, self.starts[i] : self.starts[i] + self.frames[i]]
 
+    def phones_of(self, utterances: list[int]) -> np.ndarray:
+        """Labels of some utterances in a row and of the end behind them: uint8 [F + 1, H]."""
+        found = [self.phones[self.starts[i] : self.starts[i] + self.frames[i]] for i in utterances]
+        behind = np.zeros((1 + max(AHEAD), found[0].shape[1]), found[0].dtype)  # silence
+        whole = np.concatenate([*found, behind])
+        length = len(whole) - max(AHEAD)
+        return np.concatenate([whole[ahead : ahead + length] for ahead in AHEAD], axis=1)
+
     def voice(self, name: str, rng: random.Random) -> Voice:
         """A reference recording of a voice."""
         i = rng.choice(self.references[name])
         return Voice(text=self.texts[i], codes=self.codes_of(i))
 
 
-def draw_conversation(spoken: Spoken, rng: random.Random, kind: str | None = None) -> Conversation:
-    """Draw one conversation that ends with a whole assistant message."""
+def draw_conversation(spoken: Spoken, rng: random.Random, kind: str | None = None) -> tuple[Conversation, list[int]]:
+    """Draw one conversation that ends with a whole assistant message, and say which utterances that is made of."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
 
     def pick(voice: str) -> int:
@@ -83,15 +95,15 @@ def draw_conversation(spoken: Spoken, rng: random.Random, kind: str | None = Non
     voices: list[Voice] = []
     history: list[tuple[str, Tensor]] = []
     if kind == "plain":
-        text, parts = _said(spoken, [(None, pick(DEFAULT_VOICE))])
+        turns: list[tuple[int | None, int]] = [(None, pick(DEFAULT_VOICE))]
     elif kind == "speakers":
         speakers = [rng.randrange(len(VOICES)) for _ in range(rng.choice((1, 1, 2, 3)))]
-        text, parts = _said(spoken, [(s, pick(DEFAULT_VOICES[s])) for s in speakers])
+        turns = [(s, pick(DEFAULT_VOICES[s])) for s in speakers]
     elif kind == "dialogue":
         names = rng.sample(VOICES, 2)
         voices = [spoken.voice(name, rng) for name in names]
         speakers = [rng.randrange(2) for _ in range(rng.choice((1, 2, 2, 3)))]
-        text, parts = _said(spoken, [(s, pick(names[s])) for s in speakers])
+        turns = [(s, pick(names[s])) for s in speakers]
     else:
         name = rng.choice(VOICES)
         mark = rng.choice((None, 0))
@@ -102,10 +114,11 @@ def draw_conversation(spoken: Spoken, rng: random.Random, kind: str | None = Non
         if kind == "history":
             earlier, codes = _said(spoken, [(mark, pick(name))])
             history = [(earlier, torch.cat(codes, dim=1))]
-        text, parts = _said(spoken, [(mark, pick(name))])
+        turns = [(mark, pick(name))]
+    text, parts = _said(spoken, turns)
     messages = list(conversation(text, voices, history).messages)
     messages[-1] = Message(role="assistant", parts=[CodesPart(codes=torch.cat(parts, dim=1))], modality="voice")
-    return Conversation(messages=messages)
+    return Conversation(messages=messages), [i for _, i in turns]
 
 
 def _said(spoken: Spoken, turns: list[tuple[int | None, int]]) -> tuple[str, list[Tensor]]:
@@ -123,7 +136,7 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
 
 
 def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: str) -> dict[str, np.ndarray]:
-    """Fill rows with conversations: tokens int16 [R, 1+N, T], document int16 [R, T], target bool [R, T].
+    """Fill rows with conversations: tokens int16 [R, 1+N, T], document, target [R, T], phones uint8 [R, T, H].
 
     The line end behind the last im_end is left out: nothing follows from it. Padding is a document of its own.
     """
@@ -133,7 +146,8 @@ def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: st
     tokens[:, 0] = tokenizer.pad_id
     document = np.full((count, length), -1, np.int16)
     target = np.zeros((count, length), bool)
-    waiting: list[tuple[np.ndarray, int]] = []
+    phones = np.zeros((count, length, len(AHEAD) * spoken.phones.shape[1]), np.uint8)
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
     for row in range(count):
         at = number = 0
         while True:
@@ -141,17 +155,21 @@ def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: st
             if fits is None:
                 if len(waiting) >= 6:
                     break
-                block, goal = encode(draw_conversation(spoken, rng), tokenizer)
+                drawn, utterances = draw_conversation(spoken, rng)
+                block, goal = encode(drawn, tokenizer)
+                labels = spoken.phones_of(utterances)
+                assert len(labels) == goal, (len(labels), goal)
                 if block.shape[1] - 1 <= length:
-                    waiting.append((block[:, :-1], goal))
+                    waiting.append((block[:, :-1], labels))
                 continue
-            block, goal = waiting.pop(fits)
+            block, labels = waiting.pop(fits)
             end = at + block.shape[1]
             tokens[row, :, at:end] = block
             document[row, at:end] = number
-            target[row, end - goal : end] = True
+            target[row, end - len(labels) : end] = True
+            phones[row, end - len(labels) : end] = labels
             at, number = end, number + 1
-    return {"tokens": tokens, "document": document, "target": target}
+    return {"tokens": tokens, "document": document, "target": target, "phones": phones}
 
 
 _shared: dict[str, tuple[Spoken, Tokenizer]] = {}

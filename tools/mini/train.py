@@ -7,7 +7,7 @@ machine trains less but ends in time. What is finished is copied to OUT at once 
 model-0000?-of-00002.safetensors, codec.pth, whisper-mini.pt and rest.tar.gz (config, tokenizer, index, logs, judgement,
 samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of
 three minutes on two cores, of no use but as a test. `--begin-with DIR` takes codec.pth and whisper-mini.pt from an
-earlier run: the codec only encodes, the recognizer goes on from there.
+earlier run: the codec only encodes, the recognizer goes on from there. `--dual-from DIR` goes on from a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=120, help="spoken and judged at the end")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--begin-with", type=Path)
+    parser.add_argument("--dual-from", type=Path)
+    parser.add_argument("--dual-targets", type=int, default=10240, help="positions scored per step")
+    parser.add_argument(
+        "--fast-every", type=int, default=1, help="score the residual codes of each so manieth position"
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--collect", type=Path)
     parser.add_argument("--models", type=Path, default=ROOT / "models")
@@ -240,8 +246,17 @@ def run_dual(part: Part) -> None:
         needed.mkdir(exist_ok=True)
     write_tokenizer(part.work / "tokenizer", raw["audio_decoder_config"]["vocab_size"])
     trainer = dual.Trainer(
-        raw, part.device, part.seed, part.log, part.compiled, 1 if small else args.dual_rows, 64 if small else 10240
+        raw,
+        part.device,
+        part.seed,
+        part.log,
+        part.compiled,
+        1 if small else args.dual_rows,
+        64 if small else args.dual_targets,
+        args.fast_every,
     )
+    if args.dual_from:
+        trainer.load(args.dual_from)
     part.log("sizes", parameters=dual.num_parameters(trainer.model))
     if part.device == "cuda":
         time.sleep(max(0.0, args.origin + args.dual_compile_at - time.time()))
@@ -269,7 +284,8 @@ def run_dual(part: Part) -> None:
             path.replace(folder / path.name)
 
     part.log("training begins", rows=rows.refresh())
-    trainer.train(rows, check, part.until(args.dual_until), 0.02, 1.5e-3, save)
+    again = 0.3 if args.dual_from else 1.0
+    trainer.train(rows, check, part.until(args.dual_until), 0.02 * again, 1.5e-3 * again, save)
     builder.wait()
     (part.work / "dual.done").touch()
 
@@ -356,7 +372,7 @@ def orchestrate(args: argparse.Namespace) -> int:
     (args.work / "logs").mkdir(parents=True)
     args.out.mkdir(parents=True, exist_ok=True)
     running = {}
-    for name in PARTS:
+    for name in args.parts.split(","):
         command = [
             sys.executable,
             str(Path(__file__).resolve()),
@@ -366,7 +382,7 @@ def orchestrate(args: argparse.Namespace) -> int:
             "--origin",
             str(args.origin),
         ]
-        running[name] = subprocess.Popen(command, env=environment(4), start_new_session=False)
+        running[name] = subprocess.Popen(command, env=environment(min(4, os.cpu_count() or 4)), start_new_session=False)
     stamps: dict[str, float] = {}
     failed, published = [], time.time()
     while running and time.time() < args.origin + args.total:
