@@ -21,13 +21,23 @@ from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.codec import Codec, CodecStream, load_codec
 from s2quant.errors import UserError, shorten_list
 from s2quant.model import DualAR
-from s2quant.prompt import Tokenizer, Voice, build_prompt, check_text, prompt_budget, split_text
+from s2quant.prompt import (
+    Conversation,
+    Tokenizer,
+    Voice,
+    build_prompt,
+    check_text,
+    prompt_budget,
+    split_text,
+    system_message,
+)
 from s2quant.runtime.audio import read_reference
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device
+from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.sampling import Sampling, sampling_faults
@@ -48,6 +58,8 @@ class Engine:
         num_slots: Most utterances in progress at a time.
         decoder: "plain": one operation after the other, read at every frame; "fast": the frame as one replayed
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
+        prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
+            seed is the same, to the last bit, whatever is kept.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -60,6 +72,7 @@ class Engine:
         codec: Codec | None = None,
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -68,6 +81,7 @@ class Engine:
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
         self.num_slots, self.decoder = num_slots, decoder
+        self.prefixes = PrefixCache(prefix_bytes)
         self._idle: FastDecoder | None = None  # its graphs outlive a run
         residual = codec.config.residual_size if codec is not None else 1024
         self.residual_size = min(residual, self.config.codebook_size)
@@ -129,6 +143,11 @@ class Engine:
             codebook_size=self.config.codebook_size,
         )
 
+    def _prefix_length(self, request: Request) -> int:
+        """Count the positions that all prompts with these voices begin with."""
+        prefix = Conversation(messages=[system_message(request.voices)])
+        return prefix.encode(self.tokenizer, self.config.num_codebooks).shape[1]
+
     def spoken_sequence(self, request: Request, codes: Sequence[Tensor]) -> Tensor:
         """Put together what the model saw when it spoke: the last prompt, the frames drawn for it, im_end.
 
@@ -184,7 +203,8 @@ class Engine:
         num_slots = min(self.num_slots, len(requests))
         if self.decoder == "fast":
             return self._fast_events(num_slots, requests, batches)
-        return Slots(Decoder(self.model, num_slots, 0, self.residual_size), requests, batches, self._prompt).run()
+        plain = Decoder(self.model, num_slots, 0, self.residual_size, self.prefixes)
+        return Slots(plain, requests, batches, self._prompt, self._prefix_length).run()
 
     def _fast_events(
         self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
@@ -193,9 +213,9 @@ class Engine:
         decoder, self._idle = self._idle, None
         if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
             decoder = None  # freed before the next one is made
-            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size)
+            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prefixes=self.prefixes)
         try:
-            yield from LaggedSlots(decoder, requests, batches, self._prompt).run()
+            yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
         finally:
             self._idle = decoder
 
@@ -304,6 +324,7 @@ def load_engine(
     linears: Backend = "auto",
     num_slots: int = 8,
     decoder: DecoderKind = "plain",
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -314,6 +335,7 @@ def load_engine(
         linears: Backend of the quantized linears.
         num_slots: Most utterances in progress at a time.
         decoder: See `Engine`.
+        prefix_bytes: See `Engine`.
 
     Returns:
         The engine.
@@ -325,4 +347,4 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     codec = load_codec(checkpoint.folder, device=target)
-    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots, decoder)
+    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots, decoder, prefix_bytes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.decoder import residual_codes
+from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
 from s2quant.sampling import Sampling
 
@@ -98,11 +99,19 @@ class FastDecoder:
         capacity: Positions per slot to begin with.
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
+        prefixes: What prompts begin with, kept from run to run; None keeps nothing.
     """
 
     def __init__(
-        self, model: DualAR, num_slots: int, capacity: int, residual_size: int, graphs: bool | None = None
+        self,
+        model: DualAR,
+        num_slots: int,
+        capacity: int,
+        residual_size: int,
+        graphs: bool | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        self.prefixes = prefixes
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
         self.device = weight.device
@@ -164,22 +173,22 @@ class FastDecoder:
         )
         state.ignore_end[slot] = ignore_end
 
-    def begin(self, slot: int, tokens: Tensor, drawn: int) -> None:
+    def begin(self, slot: int, tokens: Tensor, drawn: int, held: int = 0, prefix: int = 0) -> None:
         """Read a prompt into a slot; the next frame is the first after it.
 
         Args:
-            slot: The slot; what it held is overwritten.
-            tokens: int64 [1+N, T].
+            slot: The slot; what it held behind the first `held` positions is overwritten.
+            tokens: int64 [1+N, T], on the CPU.
             drawn: Frames that the utterance has drawn for good before this prompt: its random numbers go on there.
+            held: First positions that the slot holds already; less than T.
+            prefix: First positions that other prompts may share; see `read_prompt`.
         """
         slow, state, length = self.model.slow, self.state, tokens.shape[1]
         self.ensure(length)
-        tokens = tokens.to(self.device)
-        if length > 1:
-            table = slow.rotary.table(length - 1, self.device)
-            slow.blocks(slow.embed(tokens[None, :, :-1]), table, self.cache.prefill_attends(slot))
+        before = tokens[:, :-1]
+        read_prompt(slow, self.cache, slot, before, held=held, prefix=prefix, prefixes=self.prefixes)
         assert drawn <= self._made[slot] <= drawn + KEPT, (drawn, self._made[slot])
-        state.columns[slot] = tokens[:, -1]
+        state.columns[slot] = tokens[:, -1].to(self.device)
         state.positions[slot], state.draws[slot] = length - 1, drawn
         state.windows[slot], state.first[slot] = -1, True
         self.positions[slot], self._drawn[slot] = length - 1, drawn
