@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet
+from s2quant.cli.common import add_quiet, add_voice_cache, voice_cache
 from s2quant.errors import UserError
 
 
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     voices = command.add_argument_group("voices, repeatable, in the order of the speakers")
     voices.add_argument("--voice", type=Path, action="append", default=[], metavar="WAV", help="a reference recording")
     voices.add_argument("--voice-text", action="append", default=[], metavar="TEXT", help="what is said in it")
+    add_voice_cache(command)
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same speech")
     command.add_argument("--temperature", type=float, default=0.8)
     command.add_argument("--top-p", type=float, default=0.8)
@@ -76,9 +77,12 @@ def _speak(options: argparse.Namespace) -> int:
             stream=options.stream,
             codes_out=options.codes_out,
             overwrite=options.force,
+            voice_cache=voice_cache(options),
         ),
         sys.stdout.buffer,
     )
+    for note in result["notes"]:
+        print(f"s2quant speak: {note}", file=sys.stderr)
     to = sys.stderr if options.out == "-" else sys.stdout
     if options.json:
         print(json.dumps(result), file=to)

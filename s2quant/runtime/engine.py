@@ -40,6 +40,7 @@ from s2quant.runtime.load import load_model, parse_device
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
@@ -60,6 +61,7 @@ class Engine:
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
+        voices: Where codes of recordings are kept, or None.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -73,6 +75,7 @@ class Engine:
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
         prefix_bytes: int = PREFIX_BYTES,
+        voices: VoiceCache | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -81,7 +84,7 @@ class Engine:
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
         self.num_slots, self.decoder = num_slots, decoder
-        self.prefixes = PrefixCache(prefix_bytes)
+        self.prefixes, self.voices = PrefixCache(prefix_bytes), voices
         self._idle: FastDecoder | None = None  # its graphs outlive a run
         residual = codec.config.residual_size if codec is not None else 1024
         self.residual_size = min(residual, self.config.codebook_size)
@@ -89,7 +92,7 @@ class Engine:
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def voice(self, path: Path, text: str) -> Voice:
-        """Encode a reference recording.
+        """Encode a reference recording, or take its codes from the cache of voices if the engine has one.
 
         Args:
             path: An audio file.
@@ -102,9 +105,13 @@ class Engine:
             UserError: The recording or the transcript cannot be used, or the engine has no codec.
         """
         codec = self._need_codec()
-        audio = read_reference(path, codec.sample_rate)
         check_text(text, tokenizer=self.tokenizer)
-        return Voice(text=text, codes=codec.encode(audio[None, None].to(codec.device))[0].cpu())
+
+        def encode() -> Tensor:
+            audio = read_reference(path, codec.sample_rate)
+            return codec.encode(audio[None, None].to(codec.device))[0].cpu()
+
+        return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
 
     def prepare(self, request: Request) -> list[str]:
         """Check a request and split its text into batches.
@@ -325,6 +332,7 @@ def load_engine(
     num_slots: int = 8,
     decoder: DecoderKind = "plain",
     prefix_bytes: int = PREFIX_BYTES,
+    voice_cache: Path | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -336,6 +344,7 @@ def load_engine(
         num_slots: Most utterances in progress at a time.
         decoder: See `Engine`.
         prefix_bytes: See `Engine`.
+        voice_cache: A folder where codes of recordings are kept, see `s2quant.runtime.voices`; None keeps none.
 
     Returns:
         The engine.
@@ -347,4 +356,15 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     codec = load_codec(checkpoint.folder, device=target)
-    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots, decoder, prefix_bytes)
+    voices = None
+    if voice_cache is not None:
+        voices = VoiceCache(
+            voice_cache,
+            checkpoint.folder,
+            target,
+            num_codebooks=codec.num_codebooks,
+            num_semantic=tokenizer.num_semantic,
+            residual_size=codec.config.residual_size,
+        )
+    model = load_model(checkpoint, target, dtype, linears)
+    return Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes, voices)
