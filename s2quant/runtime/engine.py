@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from s2quant.checkpoint.reader import open_checkpoint
-from s2quant.codec import Codec, CodecStream, load_codec
+from s2quant.codec import Codec, load_codec
 from s2quant.errors import UserError, shorten_list
 from s2quant.model import DualAR
 from s2quant.prompt import (
@@ -40,13 +40,12 @@ from s2quant.runtime.load import load_model, parse_device
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.runtime.streaming import Chunk, decoded
 from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
 DECODERS = ("plain", "fast")
-FIRST_CHUNK_FRAMES = 4
-LARGEST_CHUNK_FRAMES = 64
 
 
 class Engine:
@@ -281,25 +280,22 @@ class Engine:
         Raises:
             UserError: The request cannot be spoken, or the engine has no codec.
         """
-        return self._chunks(CodecStream(self._need_codec()), self.events([request]))
+        chunks = self.stream_requests([request])
+        return ((chunk.audio, chunk.speech) for chunk in chunks)
 
-    @staticmethod
-    def _chunks(stream: CodecStream, events: Iterator[Event]) -> Iterator[tuple[Tensor, Speech | None]]:
-        """Decode frames in chunks of 4, 8, ... 64, so that the first sound comes early."""
-        pending: list[Tensor] = []
+    def stream_requests(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Stream many requests, several at a time.
 
-        def decoded() -> Tensor:
-            return stream.push(torch.stack(pending, dim=1)[None]).cpu()[0, 0] if pending else torch.zeros(0)
+        Args:
+            requests: What to speak.
 
-        chunk = FIRST_CHUNK_FRAMES
-        for event in events:
-            if isinstance(event, Speech):
-                yield decoded(), event
-                return
-            pending.append(event[1])
-            if len(pending) == chunk:
-                yield decoded(), None
-                pending, chunk = [], min(2 * chunk, LARGEST_CHUNK_FRAMES)
+        Returns:
+            Chunks of all requests, those of one in order, as they are ready; made while they are asked for.
+
+        Raises:
+            UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
+        """
+        return decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into sound.

@@ -6,6 +6,8 @@ import torch
 from test_runtime_golden import FOLDER, expected, request
 from test_runtime_linears import by_hand, int4_bound
 
+from s2quant.codec import CodecStream
+from s2quant.runtime import streaming
 from s2quant.runtime.engine import load_engine
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.speech import Request
@@ -119,3 +121,59 @@ def test_replayed_graphs_speak_as_the_plain_decoder(tiny_folder, num_slots):
             assert torch.equal(speech.codes, theirs[speech.index].codes)
             assert speech.stop_reason == theirs[speech.index].stop_reason
     assert fast._idle is not None and fast._idle._graphs
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_many_streams_on_the_gpu_are_each_the_whole_sound(tiny_folder, kind):
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=3, decoder=kind)
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=30 + 11 * n) for n in range(7)]
+    for _ in range(2):  # captured, then replayed
+        chunks = list(engine.stream_requests(requests))
+        for index, said in enumerate(requests):
+            mine = [chunk for chunk in chunks if chunk.index == index]
+            assert all(chunk.audio.device.type == "cpu" for chunk in mine)
+            assert torch.equal(mine[-1].speech.codes, engine.speak(said).codes)
+            sound = torch.cat([chunk.audio for chunk in mine])
+            torch.testing.assert_close(sound, engine.decode(mine[-1].speech.codes), atol=1e-4, rtol=0)
+
+
+def test_the_codec_does_not_hold_up_the_frames(tiny_folder, monkeypatch):
+    """While the codec's stream is kept busy, frames go on being made and no chunk is given out."""
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=2, decoder="fast")
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=40, ignore_end=True) for n in range(2)]
+    expected = {chunk.index: chunk.speech for chunk in engine.stream_requests(requests) if chunk.speech}
+    step, order = CodecStream.step, []
+
+    def slow(self, codes):
+        torch.cuda._sleep(int(2e9))  # cycles: about a second
+        return step(self, codes)
+
+    def noted(events):
+        for event in events:
+            order.append("event")
+            yield event
+
+    monkeypatch.setattr(CodecStream, "step", slow)
+    chunks = streaming.decoded(engine.codec, noted(engine.events(requests)), alone=False)
+    first = next(chunks)
+    assert len(order) > 20  # four frames of each were enough to ask for it; the frames went on meanwhile
+    found = {chunk.index: chunk.speech for chunk in (first, *chunks) if chunk.speech}
+    assert all(torch.equal(found[n].codes, expected[n].codes) for n in range(2))
+
+
+def test_a_kept_prefix_on_the_gpu_is_the_same_speech(tiny_folder):
+    from s2quant.prompt import Voice
+
+    voice = Voice(text="Said.", codes=torch.arange(10 * 60).view(10, 60) % 64)
+    requests = [Request(text=f"Number {n}.", voices=(voice,), seed=n, max_frames=30) for n in range(5)]
+    for kind in ("plain", "fast"):
+        for dtype in (torch.float32, torch.bfloat16):
+            without, kept = (
+                load_engine(tiny_folder, device="cuda", dtype=dtype, num_slots=2, decoder=kind, prefix_bytes=size)
+                for size in (0, 2**26)
+            )
+            theirs = {speech.index: speech for speech in without.generate(requests)}
+            for _ in range(2):
+                for speech in kept.generate(requests):
+                    assert torch.equal(speech.codes, theirs[speech.index].codes)
+            assert kept.prefixes.hits == 9 and without.prefixes.hits == 0

@@ -5,6 +5,7 @@ import torch
 
 from s2quant.codec import CodecStream
 from s2quant.errors import UserError
+from s2quant.runtime import streaming
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.speech import Request
@@ -89,3 +90,58 @@ def test_a_stream_takes_one_voice_or_several(engine, no_end, tmp_path):
     listed = torch.cat(list(engine.stream("Hi.", voice=[voice], max_frames=4)))
     none = torch.cat(list(engine.stream("Hi.", max_frames=4)))
     assert torch.equal(one, listed) and not torch.equal(one, none)
+
+
+MANY = [Request(text=f"Number {n}.", seed=n, max_frames=count) for n, count in enumerate((30, 3, 12, 75, 29))]
+
+
+def test_many_at_a_time_are_each_alone(engine, no_end):
+    chunks = list(engine.stream_requests(MANY))
+    assert chunks[0].index == 1 and {chunk.index for chunk in chunks[:4]} == {0, 1, 2, 3}  # side by side
+    for index, request in enumerate(MANY):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [chunk.speech is None for chunk in mine] == [True] * (len(mine) - 1) + [False]
+        speech = engine.speak(request)
+        assert torch.equal(mine[-1].speech.codes, speech.codes) and mine[-1].speech.index == index
+        whole = engine.decode(speech.codes)
+        torch.testing.assert_close(torch.cat([chunk.audio for chunk in mine]), whole, atol=1e-5, rtol=0)
+    sizes = [len(chunk.audio) // engine.codec.frame_size for chunk in chunks if chunk.index == 3]
+    assert sizes == [4, 8, 16, 32, 15]
+
+
+class Late(streaming._Decoding):
+    """A chunk that arrives some events after it was asked for."""
+
+    def __init__(self, clock, after, index, audio, speech):
+        super().__init__(index, audio, speech, None)
+        self.clock, self.due, self.waited = clock, clock[0] + after, False
+
+    def is_ready(self):
+        return self.clock[0] >= self.due
+
+    def chunk(self):
+        self.waited = not self.is_ready()
+        return super().chunk()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nobody_waits_for_the_codec_but_for_the_first_sound_of_one_alone(engine, no_end, monkeypatch, alone):
+    clock, late = [0], []
+
+    class Slow(streaming.ChunkDecoder):
+        def take(self, event):
+            clock[0] += 1
+            return super().take(event)
+
+    def decoding(index, audio, speech, done):
+        late.append(Late(clock, 3, index, audio, speech))
+        return late[-1]
+
+    monkeypatch.setattr(streaming, "ChunkDecoder", Slow)
+    monkeypatch.setattr(streaming, "_Decoding", decoding)
+    request = Request(text="Hello.", seed=4, max_frames=20)
+    seen = [(clock[0], chunk) for chunk in streaming.decoded(engine.codec, engine.events([request]), alone)]
+    assert [when for when, _ in seen] == [4 if alone else 7, 15, 21]  # 4 and 12 frames, and 3 events more; the end
+    assert [one.waited for one in late] == [alone, False, True]
+    whole = engine.decode(seen[-1][1].speech.codes)
+    torch.testing.assert_close(torch.cat([chunk.audio for _, chunk in seen]), whole, atol=1e-5, rtol=0)
