@@ -31,6 +31,11 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
     )
+    command.add_argument(
+        "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
+    )
+    command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
+    command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")
     command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
@@ -45,13 +50,17 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         check_new(options.out)
+    if (options.voice is None) != (options.voice_text is None):
+        raise UserError("--voice or --voice-text alone", "a recording and what is said in it", "give both")
     with progress(options.quiet) as report:
         result = measure_speed(
             _arms(options.model),
             text=options.text,
             num_frames=options.frames,
             repeats=options.repeats,
-            batch_sizes=_batch_sizes(options.batch),
+            batch_sizes=_numbers("--batch", options.batch),
+            streams=_numbers("--streams", options.streams) if options.streams else (),
+            voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
             dtype=DTYPES[options.dtype],
             linears=options.linears,
@@ -79,8 +88,10 @@ def _arms(folders: list[Path]) -> dict[str, Path]:
     return dict(zip(names, folders, strict=True))
 
 
-def _batch_sizes(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--batch {text!r}", "numbers with commas between them", "for example --batch 1,8") from error
+        raise UserError(
+            f"{option} {text!r}", "numbers with commas between them", f"for example {option} 1,8"
+        ) from error

@@ -7,7 +7,8 @@ ends of every stretch of time.
 
 Definitions: `ms_per_frame` is the time between the frames that all utterances make together, the first frame left out;
 `rtf` is the time of prefill, frames and codec over the sound of one utterance; `ar_rtf` the same without the codec;
-`audio_s_per_s` is the sound of all utterances over the same time as `rtf`. Times are medians over the repeats.
+`audio_s_per_s` is the sound of all utterances over the same time as `rtf`. Times are medians over the repeats. No
+round knows prefixes of an earlier one; utterances of one batch share theirs.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any
 import torch
 
 from s2quant.errors import UserError, shorten_list
+from s2quant.evaluate.continuity import measure_streams
+from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio, noise, wait_for
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
 from s2quant.runtime.speech import Request, Speech
 
-SPEED_VERSION = 1
-REFERENCE_S = 10.0  # seconds of sound in the recording that is encoded
+SPEED_VERSION = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,6 +63,8 @@ def measure_speed(
     dtype: torch.dtype = torch.bfloat16,
     linears: Backend = "auto",
     decoder: DecoderKind = "plain",
+    voice: Voice | None = None,
+    streams: Sequence[int] = (),
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Time one or more checkpoints under the same conditions.
@@ -75,6 +79,8 @@ def measure_speed(
         dtype: The models' dtype.
         linears: Backend of the quantized linears.
         decoder: How frames are made, see `Engine`.
+        voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
+        streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
@@ -84,17 +90,16 @@ def measure_speed(
         ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
         peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
         median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
-        that of one stream alone and None in the rows of other batch sizes.
+        that of one stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the
+        rows of `measure_first_audio`, `streams` those of `measure_streams`; each is empty unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
     """
-    target = _checked(folders, num_frames, repeats, batch_sizes, device)
-    slots = max(batch_sizes)
+    target = _checked(folders, num_frames, repeats, batch_sizes, streams, device)
+    slots = max(*batch_sizes, *streams, 1)
     arms = [_load(name, folder, target, dtype, linears, slots, decoder) for name, folder in folders.items()]
-    requests = [
-        Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(max(batch_sizes))
-    ]
+    requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
     total, done = len(batch_sizes) * (1 + repeats) * len(arms), 0
@@ -104,6 +109,8 @@ def measure_speed(
                 progress(f"{arm.name}, batch {batch_size}", done, total)
                 _round(arm, requests[:batch_size], arms, timed=turn > 0)
                 done += 1
+    voiced = {arm.name: (arm.engine, arm.folder) for arm in arms}
+    engines = {arm.name: arm.engine for arm in arms}
     return {
         "version": SPEED_VERSION,
         "device": device_name(target),
@@ -115,11 +122,18 @@ def measure_speed(
         "warmup_s": sum(arm.warmup_s for arm in arms),
         "arms": {arm.name: _facts(arm) for arm in arms},
         "rows": [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms],
+        "first_audio": [] if voice is None else measure_first_audio(voiced, requests[0], voice, repeats, progress),
+        "streams": measure_streams(engines, requests, streams, repeats, progress) if streams else [],
     }
 
 
 def _checked(
-    folders: Mapping[str, Path], num_frames: int, repeats: int, batch_sizes: Sequence[int], device: str | torch.device
+    folders: Mapping[str, Path],
+    num_frames: int,
+    repeats: int,
+    batch_sizes: Sequence[int],
+    streams: Sequence[int],
+    device: str | torch.device,
 ) -> torch.device:
     faults = [] if folders else ["no checkpoint"]
     if num_frames < 2:
@@ -130,6 +144,8 @@ def _checked(
         faults.append(f"batch sizes are {list(batch_sizes)}, not all positive")
     if len(set(batch_sizes)) < len(batch_sizes):
         faults.append(f"batch sizes are {list(batch_sizes)}, one of them twice")
+    if len(set(streams)) < len(streams) or min(streams, default=1) < 1:
+        faults.append(f"streams are {list(streams)}, not all positive and different")
     if faults:
         raise UserError(shorten_list(faults), "something to be timed", "correct the numbers")
     return parse_device(device)
@@ -159,7 +175,7 @@ def _load(
     before = _allocated(device)
     started = time.perf_counter()
     engine = load_engine(folder, device, dtype, linears, num_slots, decoder)
-    _wait(device)
+    wait_for(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)
     loaded = None if after is None or before is None else after - before
@@ -172,12 +188,14 @@ def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
+    arm.engine.prefixes.clear()
     prefill_s, ar_s, speeches = _speak(arm.engine, requests)
     codec_s = _seconds(device, lambda: [arm.engine.decode(speech.codes) for speech in speeches])
     encode_s = first_s = None
     if batch_size == 1:
         encode_s = _seconds(device, lambda: _encode(arm.engine))
-        first_s = _first_audio(arm.engine, requests[0])
+        arm.engine.prefixes.clear()
+        first_s = first_audio(arm.engine, requests[0])
     if not timed:
         arm.warmup_s += time.perf_counter() - began
         return
@@ -193,7 +211,7 @@ def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, l
     """Speak all requests together: seconds until each has its first frame, seconds of the frames after, speeches."""
     waiting = set(range(len(requests)))
     speeches: list[Speech] = []
-    _wait(engine.device)
+    wait_for(engine.device)
     started = first = time.perf_counter()
     for event in engine.events(requests):
         if isinstance(event, Speech):
@@ -201,38 +219,24 @@ def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, l
         elif event[0] in waiting:
             waiting.remove(event[0])
             first = time.perf_counter()
-    _wait(engine.device)
+    wait_for(engine.device)
     ended = time.perf_counter()
     return first - started, ended - first, speeches
 
 
 def _encode(engine: Engine) -> None:
-    """Encode a recording of noise: the time does not depend on what is in it."""
+    """Encode a recording of noise."""
     codec = engine.codec
     assert codec is not None
-    num_samples = int(REFERENCE_S * codec.sample_rate)
-    noise = torch.randn(1, 1, num_samples, generator=torch.Generator().manual_seed(0)) * 0.1
-    codec.encode(noise.to(codec.device))
-
-
-def _first_audio(engine: Engine, request: Request) -> float:
-    _wait(engine.device)
-    started = time.perf_counter()
-    next(chunk for chunk, _ in engine.stream_request(request) if len(chunk))  # on the CPU: nothing to wait for
-    return time.perf_counter() - started
+    codec.encode(noise(codec.sample_rate)[None, None].to(codec.device))
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _allocated(device: torch.device) -> int | None:

@@ -60,7 +60,6 @@ class Engine:
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
-        voices: Where codes of recordings are kept, or None.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -74,7 +73,6 @@ class Engine:
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
         prefix_bytes: int = PREFIX_BYTES,
-        voices: VoiceCache | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -83,7 +81,8 @@ class Engine:
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
         self.num_slots, self.decoder = num_slots, decoder
-        self.prefixes, self.voices = PrefixCache(prefix_bytes), voices
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
         residual = codec.config.residual_size if codec is not None else 1024
         self.residual_size = min(residual, self.config.codebook_size)
@@ -111,6 +110,25 @@ class Engine:
             return codec.encode(audio[None, None].to(codec.device))[0].cpu()
 
         return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
+
+    def keep_voices(self, folder: Path | None, codec_file: Path) -> None:
+        """Keep the codes of recordings on disk from now on, or no longer.
+
+        Args:
+            folder: Where, see `s2quant.runtime.voices`; None keeps nothing.
+            codec_file: The engine's codec.pth, or the folder that holds it.
+        """
+        if folder is None or self.codec is None:
+            self.voices = None
+            return
+        self.voices = VoiceCache(
+            folder,
+            codec_file,
+            self.codec.device,
+            num_codebooks=self.codec.num_codebooks,
+            num_semantic=self.tokenizer.num_semantic,
+            residual_size=self.codec.config.residual_size,
+        )
 
     def prepare(self, request: Request) -> list[str]:
         """Check a request and split its text into batches.
@@ -352,15 +370,7 @@ def load_engine(
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     codec = load_codec(checkpoint.folder, device=target)
-    voices = None
-    if voice_cache is not None:
-        voices = VoiceCache(
-            voice_cache,
-            checkpoint.folder,
-            target,
-            num_codebooks=codec.num_codebooks,
-            num_semantic=tokenizer.num_semantic,
-            residual_size=codec.config.residual_size,
-        )
     model = load_model(checkpoint, target, dtype, linears)
-    return Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes, voices)
+    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
+    engine.keep_voices(voice_cache, checkpoint.folder)
+    return engine
