@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet, progress
+from s2quant.cli.common import add_memory_limit, add_quiet, progress
 from s2quant.errors import UserError
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
     command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")
+    add_memory_limit(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
@@ -59,6 +60,7 @@ def _bench(options: argparse.Namespace) -> int:
             num_frames=options.frames,
             repeats=options.repeats,
             batch_sizes=_numbers("--batch", options.batch),
+            memory_limit_gb=options.memory_limit,
             streams=_numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,

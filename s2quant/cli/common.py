@@ -24,6 +24,13 @@ def add_voice_cache(command: argparse.ArgumentParser) -> None:
     where.add_argument("--no-voice-cache", action="store_true", help="encode recordings anew and keep nothing")
 
 
+def add_memory_limit(command: argparse.ArgumentParser) -> None:
+    """Add `--memory-limit` to a command."""
+    command.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="of the GPU's memory, in 10^9 bytes, take no more than this"
+    )
+
+
 def voice_cache(options: argparse.Namespace) -> Path | None:
     """Give the folder that `add_voice_cache`'s words name, or None."""
     from s2quant.runtime.voices import default_voice_folder

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet, add_voice_cache, voice_cache
+from s2quant.cli.common import add_memory_limit, add_quiet, add_voice_cache, voice_cache
 from s2quant.errors import UserError
 
 
@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     voices.add_argument("--voice", type=Path, action="append", default=[], metavar="WAV", help="a reference recording")
     voices.add_argument("--voice-text", action="append", default=[], metavar="TEXT", help="what is said in it")
     add_voice_cache(command)
+    add_memory_limit(command)
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same speech")
     command.add_argument("--temperature", type=float, default=0.8)
     command.add_argument("--top-p", type=float, default=0.8)
@@ -78,6 +79,7 @@ def _speak(options: argparse.Namespace) -> int:
             codes_out=options.codes_out,
             overwrite=options.force,
             voice_cache=voice_cache(options),
+            memory_limit_gb=options.memory_limit,
         ),
         sys.stdout.buffer,
     )

@@ -29,6 +29,7 @@ from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.memory import limit_memory
 from s2quant.runtime.speech import Request, Speech
 
 SPEED_VERSION = 2
@@ -65,6 +66,7 @@ def measure_speed(
     decoder: DecoderKind = "plain",
     voice: Voice | None = None,
     streams: Sequence[int] = (),
+    memory_limit_gb: float | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Time one or more checkpoints under the same conditions.
@@ -81,13 +83,13 @@ def measure_speed(
         decoder: How frames are made, see `Engine`.
         voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
         streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
+        memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, text, num_frames, repeats, warmup_s (of all arms), `arms` (per name:
-        folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm: concurrency,
-        arm,
-        ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
+        version, device, dtype, decoder, memory_limit_gb, text, num_frames, repeats, warmup_s (of all arms), `arms`
+        (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm:
+        concurrency, arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
         peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
         median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
         that of one stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the
@@ -97,6 +99,8 @@ def measure_speed(
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
     """
     target = _checked(folders, num_frames, repeats, batch_sizes, streams, device)
+    if memory_limit_gb is not None:
+        limit_memory(target, memory_limit_gb * 1e9)
     slots = max(*batch_sizes, *streams, 1)
     arms = [_load(name, folder, target, dtype, linears, slots, decoder) for name, folder in folders.items()]
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
@@ -116,6 +120,7 @@ def measure_speed(
         "device": device_name(target),
         "dtype": str(dtype).removeprefix("torch."),
         "decoder": decoder,
+        "memory_limit_gb": memory_limit_gb,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,

@@ -37,6 +37,7 @@ from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device
+from s2quant.runtime.memory import guarded, guarded_iterator, limit_memory, release_memory
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
@@ -46,6 +47,9 @@ from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
 DECODERS = ("plain", "fast")
+SPEAKING_TODO = (
+    "speak fewer at a time, fewer frames, or with shorter references; use a quantized checkpoint; the engine can go on"
+)
 
 
 class Engine:
@@ -104,10 +108,12 @@ class Engine:
         """
         codec = self._need_codec()
         check_text(text, tokenizer=self.tokenizer)
+        doing, todo = "encoding a recording", "use a shorter recording, or give up other engines first"
 
         def encode() -> Tensor:
             audio = read_reference(path, codec.sample_rate)
-            return codec.encode(audio[None, None].to(codec.device))[0].cpu()
+            moved = audio[None, None].to(codec.device)
+            return guarded(lambda: codec.encode(moved)[0].cpu(), doing, todo, self.release)
 
         return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
 
@@ -225,10 +231,16 @@ class Engine:
         """
         batches = [self.prepare(request) for request in requests]
         num_slots = min(self.num_slots, len(requests))
-        if self.decoder == "fast":
-            return self._fast_events(num_slots, requests, batches)
-        plain = Decoder(self.model, num_slots, 0, self.residual_size, self.prefixes)
-        return Slots(plain, requests, batches, self._prompt, self._prefix_length).run()
+        make = self._fast_events if self.decoder == "fast" else self._plain_events
+        doing = f"speaking, up to {num_slots} at a time"
+        return guarded_iterator(make(num_slots, requests, batches), doing, SPEAKING_TODO, self.release)
+
+    def _plain_events(
+        self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
+    ) -> Iterator[Event]:
+        """Speak on a plain decoder, made for this run."""
+        decoder = Decoder(self.model, num_slots, 0, self.residual_size, self.prefixes)
+        yield from Slots(decoder, requests, batches, self._prompt, self._prefix_length).run()
 
     def _fast_events(
         self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
@@ -313,7 +325,8 @@ class Engine:
         Raises:
             UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
         """
-        return decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
+        chunks = decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
+        return guarded_iterator(chunks, "decoding sound", SPEAKING_TODO, self.release)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into sound.
@@ -330,7 +343,15 @@ class Engine:
         codec = self._need_codec()
         if codes.shape[1] == 0:
             return torch.zeros(0)
-        return codec.decode(codes[None].to(codec.device)).float().cpu()[0, 0]
+        doing, todo = "decoding sound", "stream it, or speak fewer frames"
+        moved = codes[None].to(codec.device)
+        return guarded(lambda: codec.decode(moved).float().cpu()[0, 0], doing, todo, self.release)
+
+    def release(self) -> None:
+        """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""
+        self._idle = None
+        self.prefixes.clear()
+        release_memory()
 
     def _need_codec(self) -> Codec:
         if self.codec is None:
@@ -347,6 +368,7 @@ def load_engine(
     decoder: DecoderKind = "plain",
     prefix_bytes: int = PREFIX_BYTES,
     voice_cache: Path | None = None,
+    memory_limit_bytes: float | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -359,6 +381,8 @@ def load_engine(
         decoder: See `Engine`.
         prefix_bytes: See `Engine`.
         voice_cache: A folder where codes of recordings are kept, see `s2quant.runtime.voices`; None keeps none.
+        memory_limit_bytes: The most memory of the GPU that this process takes from now on, with what CUDA itself
+            needs; None sets no limit.
 
     Returns:
         The engine.
@@ -367,10 +391,16 @@ def load_engine(
         UserError: The folder or the device cannot be used.
     """
     target = parse_device(device)
+    if memory_limit_bytes is not None:
+        limit_memory(target, memory_limit_bytes)
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
-    codec = load_codec(checkpoint.folder, device=target)
-    model = load_model(checkpoint, target, dtype, linears)
+    doing, todo = (
+        f"loading {path}",
+        "use a quantized checkpoint, a larger device or limit, or give up other engines first",
+    )
+    codec = guarded(lambda: load_codec(checkpoint.folder, device=target), doing, todo)
+    model = guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, todo)
     engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine

@@ -51,6 +51,7 @@ class SpeakOptions:
         codes_out: Where to write the codes, or None.
         overwrite: Whether existing files are replaced.
         voice_cache: A folder where codes of recordings are kept; None encodes them anew.
+        memory_limit_gb: The most memory of the GPU, in 10^9 bytes; None: all of it.
     """
 
     text: str
@@ -72,6 +73,7 @@ class SpeakOptions:
     codes_out: Path | None = None
     overwrite: bool = False
     voice_cache: Path | None = None
+    memory_limit_gb: float | None = None
 
 
 def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         1,
         options.decoder,
         voice_cache=options.voice_cache,
+        memory_limit_bytes=None if options.memory_limit_gb is None else options.memory_limit_gb * 1e9,
     )
     began = time.perf_counter()
     voices = tuple(engine.voice(path, text) for path, text in options.voices)

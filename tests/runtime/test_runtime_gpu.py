@@ -177,3 +177,42 @@ def test_a_kept_prefix_on_the_gpu_is_the_same_speech(tiny_folder):
                 for speech in kept.generate(requests):
                     assert torch.equal(speech.codes, theirs[speech.index].codes)
             assert kept.prefixes.hits == 9 and without.prefixes.hits == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_a_lack_of_memory_under_a_limit_leaves_the_engine_usable(tiny_folder, kind):
+    from s2quant.errors import OutOfMemory
+    from s2quant.runtime.memory import CONTEXT_BYTES, limit_memory, release_memory
+
+    device = torch.device("cuda:0")
+    engine = load_engine(tiny_folder, device=device, dtype=torch.float32, num_slots=256, decoder=kind)
+    short = [Request(text=f"Number {n}.", seed=n, max_frames=20) for n in range(3)]
+    fresh = {speech.index: speech.codes for speech in engine.generate(short)}
+    engine.release()
+    try:
+        limit_memory(device, CONTEXT_BYTES + torch.cuda.memory_reserved(device) + 200e6)
+        many = [Request(text="Hi.", seed=n, max_frames=4000, ignore_end=True) for n in range(256)]
+        with pytest.raises(OutOfMemory, match="while speaking, up to 256"):
+            next(engine.generate(many))
+        again = {speech.index: speech.codes for speech in engine.generate(short)}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        release_memory()
+    assert all(torch.equal(again[n], fresh[n]) for n in fresh)
+
+
+def test_loading_to_the_gpu_holds_nothing_twice(tmp_path):
+    from s2quant.export.random import tiny_config, write_random
+    from s2quant.runtime.load import load_model
+
+    config = tiny_config()
+    sizes = {"dim": 1024, "head_dim": 64, "n_head": 16, "n_local_heads": 8, "intermediate_size": 3072}
+    config["text_config"] |= sizes | {"n_layer": 6}
+    config["audio_decoder_config"] |= sizes | {"text_dim": 1024, "n_layer": 1}
+    write_random(config, tmp_path / "larger", seed=0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_model(tmp_path / "larger", "cuda")
+    held = sum(tensor.nbytes for tensor in model.parameters())
+    assert held > 2e8 and torch.cuda.max_memory_allocated() - before < 1.3 * held
