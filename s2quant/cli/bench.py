@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2quant.cli.common import add_memory_limit, add_quiet, progress
 from s2quant.errors import UserError
+
+if TYPE_CHECKING:
+    from s2quant.evaluate.upstream import Upstream
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
 
@@ -36,6 +39,16 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
     command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")
+    command.add_argument(
+        "--against", type=Path, metavar="PATH",
+        help="a fish-speech checkout, timed beside us on the first --model in a process of its own",
+    )  # fmt: skip
+    command.add_argument(
+        "--against-mode", choices=("eager", "compiled", "both"), default="compiled", help="how its frame runs"
+    )
+    command.add_argument(
+        "--against-positions", type=int, default=4096, metavar="N", help="what its caches hold (its own default: all)"
+    )
     add_memory_limit(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -61,6 +74,7 @@ def _bench(options: argparse.Namespace) -> int:
             repeats=options.repeats,
             batch_sizes=_numbers("--batch", options.batch),
             memory_limit_gb=options.memory_limit,
+            against=_upstream(options),
             streams=_numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
@@ -88,6 +102,15 @@ def _arms(folders: list[Path]) -> dict[str, Path]:
     if len(set(names)) < len(names):
         raise UserError(f"--model {' --model '.join(names)}", "every folder once", "name each checkpoint once")
     return dict(zip(names, folders, strict=True))
+
+
+def _upstream(options: argparse.Namespace) -> Upstream | None:
+    from s2quant.evaluate.upstream import MODES, Upstream
+
+    if options.against is None:
+        return None
+    modes = tuple(mode for mode in MODES if options.against_mode in (mode, "both"))
+    return Upstream(checkout=options.against, modes=modes, positions=options.against_positions)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -13,6 +13,7 @@ round knows prefixes of an earlier one; utterances of one batch share theirs.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
@@ -26,11 +27,13 @@ import torch
 from s2quant.errors import UserError, shorten_list
 from s2quant.evaluate.continuity import measure_streams
 from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio, noise, wait_for
+from s2quant.evaluate.upstream import Upstream, check_upstream, measure_upstream
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
 from s2quant.runtime.memory import limit_memory
 from s2quant.runtime.speech import Request, Speech
+from s2quant.sampling import Sampling
 
 SPEED_VERSION = 2
 Progress = Callable[[str, int, int], None]
@@ -67,6 +70,7 @@ def measure_speed(
     voice: Voice | None = None,
     streams: Sequence[int] = (),
     memory_limit_gb: float | None = None,
+    against: Upstream | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Time one or more checkpoints under the same conditions.
@@ -84,6 +88,7 @@ def measure_speed(
         voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
         streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
         memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
+        against: A fish-speech checkout that is timed beside us, on the first checkpoint; None: none.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
@@ -93,7 +98,9 @@ def measure_speed(
         peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
         median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
         that of one stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the
-        rows of `measure_first_audio`, `streams` those of `measure_streams`; each is empty unless it was asked for.
+        rows of `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`,
+        with same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over
+        that of every arm at batch 1); each is empty unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
@@ -106,6 +113,9 @@ def measure_speed(
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
+    prompt = arms[0].engine.spoken_sequence(requests[0], [])
+    if against is not None:
+        check_upstream(against, arms[0].folder, prompt.shape[1] + num_frames)
     total, done = len(batch_sizes) * (1 + repeats) * len(arms), 0
     for batch_size in batch_sizes:
         for turn in range(1 + repeats):  # turn 0 is the warm-up
@@ -115,6 +125,7 @@ def measure_speed(
                 done += 1
     voiced = {arm.name: (arm.engine, arm.folder) for arm in arms}
     engines = {arm.name: arm.engine for arm in arms}
+    rows = [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms]
     return {
         "version": SPEED_VERSION,
         "device": device_name(target),
@@ -126,10 +137,43 @@ def measure_speed(
         "repeats": repeats,
         "warmup_s": sum(arm.warmup_s for arm in arms),
         "arms": {arm.name: _facts(arm) for arm in arms},
-        "rows": [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms],
+        "rows": rows,
         "first_audio": [] if voice is None else measure_first_audio(voiced, requests[0], voice, repeats, progress),
         "streams": measure_streams(engines, requests, streams, repeats, progress) if streams else [],
+        "upstream": [] if against is None else _against(against, arms[0], requests[0], rows, repeats, dtype, progress),
     }
+
+
+def _against(
+    against: Upstream,
+    arm: _Arm,
+    request: Request,
+    rows: Sequence[Mapping[str, Any]],
+    repeats: int,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Time fish-speech on an arm's checkpoint and prompt, and say how it compares."""
+    engine = arm.engine
+    assert engine.codec is not None
+    progress("fish-speech", 0, 1)
+    greedy = dataclasses.replace(request, sampling=Sampling(top_k=1), max_frames=1)
+    best = int(engine.speak(greedy).codes[0, 0])
+    found = measure_upstream(
+        against,
+        arm.folder,
+        engine.spoken_sequence(request, []),
+        num_frames=request.max_frames,
+        repeats=repeats,
+        device=str(engine.device),
+        dtype=str(dtype).removeprefix("torch."),
+        frame_s=engine.codec.frame_size / engine.codec.sample_rate,
+    )
+    alone = {row["arm"]: row["ms_per_frame"] for row in rows if row["concurrency"] == 1}
+    for row in found:
+        row["same_first_code"] = row["best_first_code"] == best
+        row["ratios"] = {name: row["ms_per_frame"] / ours for name, ours in alone.items()}
+    return found
 
 
 def _checked(

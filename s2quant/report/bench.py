@@ -34,6 +34,17 @@ _FIRST_AUDIO = (
     ("of it the voice s", "voice_s", "{:.3f}"),
     ("voice frames", "num_voice_frames", "{:d}"),
 )
+_UPSTREAM = (
+    ("fish-speech", "mode", "{}"),
+    ("positions", "positions", "{:d}"),
+    ("ms/frame", "ms_per_frame", "{:.2f}"),
+    ("AR RTF", "ar_rtf", "{:.3f}"),
+    ("prefill s", "prefill_s", "{:.3f}"),
+    ("warm-up s", "warmup_s", "{:.1f}"),
+    ("peak GB", "peak_device_bytes", "{:.2f}"),
+    ("same first code", "same_first_code", "{}"),
+    ("its time over ours", "ratios", "{}"),
+)
 _STREAMS = (
     ("streams", "streams", "{:d}"),
     ("arm", "arm", "{}"),
@@ -61,6 +72,8 @@ def bench_table(result: Mapping[str, Any]) -> str:
         tables.append(_table(_FIRST_AUDIO, result["first_audio"]))
     if result["streams"]:
         tables.append(_table(_STREAMS, result["streams"]))
+    if result["upstream"]:
+        tables.append(_table(_UPSTREAM, result["upstream"]))
     about = (
         f"{result['device']}, {result['dtype']}, {result['decoder']} decoder, "
         f"{result['num_frames']} frames, medians of {result['repeats']} "
@@ -95,6 +108,10 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
     value = row[key]
     if value is None:
         return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number:.2f}" for name, number in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return form.format(value / 1e9 if key.endswith("_bytes") else value)
 
 
