@@ -123,18 +123,13 @@ class Engine:
         Args:
             folder: Where, see `s2quant.runtime.voices`; None keeps nothing.
             codec_file: The engine's codec.pth, or the folder that holds it.
+
+        Raises:
+            UserError: The engine has no codec.
         """
-        if folder is None or self.codec is None:
-            self.voices = None
-            return
-        self.voices = VoiceCache(
-            folder,
-            codec_file,
-            self.codec.device,
-            num_codebooks=self.codec.num_codebooks,
-            num_semantic=self.tokenizer.num_semantic,
-            residual_size=self.codec.config.residual_size,
-        )
+        self.voices = None
+        if folder is not None:
+            self.voices = VoiceCache(folder, codec_file, self._need_codec(), self.tokenizer.num_semantic)
 
     def prepare(self, request: Request) -> list[str]:
         """Check a request and split its text into batches.
@@ -249,7 +244,8 @@ class Engine:
         decoder, self._idle = self._idle, None
         if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
             decoder = None  # freed before the next one is made
-            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prefixes=self.prefixes)
+            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size)
+            decoder.prefixes = self.prefixes
         try:
             yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
         finally:

@@ -99,19 +99,11 @@ class FastDecoder:
         capacity: Positions per slot to begin with.
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
-        prefixes: What prompts begin with, kept from run to run; None keeps nothing.
     """
 
     def __init__(
-        self,
-        model: DualAR,
-        num_slots: int,
-        capacity: int,
-        residual_size: int,
-        graphs: bool | None = None,
-        prefixes: PrefixCache | None = None,
+        self, model: DualAR, num_slots: int, capacity: int, residual_size: int, graphs: bool | None = None
     ) -> None:
-        self.prefixes = prefixes
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
         self.device = weight.device
@@ -130,6 +122,7 @@ class FastDecoder:
         self._num_reads = 0
         self._generators: list[torch.Generator | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
+        self.prefixes: PrefixCache | None = None  # what prompts begin with, where somebody keeps it
         self._drawn, self._made, self._top_k = [0] * num_slots, [0] * num_slots, [1] * num_slots
 
     def _state(self) -> FrameState:

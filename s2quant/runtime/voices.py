@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from s2quant.codec import Codec
 from s2quant.codec.state import FILE_NAME
 from s2quant.errors import UserError
 from s2quant.files import atomic_file, sha256_file, sha256_text
@@ -58,26 +59,15 @@ class VoiceCache:
     Args:
         folder: Where entries are; made when it is needed.
         codec_file: The codec.pth that encodes, or a folder that holds it.
-        device: Where it encodes.
-        num_codebooks: N.
-        num_semantic: Codes of the semantic codebook.
-        residual_size: Codes of the residual ones.
+        codec: The codec that it is, on its device.
+        num_semantic: Semantic codes that the model has tokens for.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        codec_file: Path,
-        device: torch.device,
-        *,
-        num_codebooks: int,
-        num_semantic: int,
-        residual_size: int,
-    ) -> None:
+    def __init__(self, folder: Path, codec_file: Path, codec: Codec, num_semantic: int) -> None:
         self.folder = folder
         self.codec_file = codec_file / FILE_NAME if codec_file.is_dir() else codec_file
-        self.device = device
-        self._sizes = (num_codebooks, num_semantic, residual_size)
+        self.device = codec.device
+        self._sizes = (codec.num_codebooks, num_semantic, codec.config.residual_size)
         self._codec_hash: str | None = None
         self.notes: list[str] = []
         self.hits = self.misses = 0
