@@ -145,3 +145,43 @@ def test_nobody_waits_for_the_codec_but_for_the_first_sound_of_one_alone(engine,
     assert [one.waited for one in late] == [alone, False, True]
     whole = engine.decode(seen[-1][1].speech.codes)
     torch.testing.assert_close(torch.cat([chunk.audio for _, chunk in seen]), whole, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def pushes(monkeypatch):
+    """Note the shape [B, F] of everything that the codec's streams decode."""
+    seen, push = [], CodecStream.push
+    monkeypatch.setattr(CodecStream, "push", lambda self, c: (seen.append((len(c), c.shape[2])), push(self, c))[1])
+    return seen
+
+
+@pytest.mark.parametrize("limit", [512, 32])
+def test_chunks_of_many_are_decoded_together_and_sound_the_same(engine, no_end, pushes, monkeypatch, limit):
+    plain = streaming.ChunkDecoder
+    monkeypatch.setattr(streaming, "ChunkDecoder", lambda codec, grouped: plain(codec, grouped=True))
+    monkeypatch.setattr(streaming, "GROUP_FRAMES", limit)
+    chunks = list(engine.stream_requests(MANY))
+    assert (4, 4) in pushes or (3, 4) in pushes
+    assert all(batch * frames <= max(limit, frames) for batch, frames in pushes)
+    assert len(pushes) < sum(len(chunk.audio) > 0 for chunk in chunks)
+    for index, request in enumerate(MANY):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [chunk.speech is None for chunk in mine] == [True] * (len(mine) - 1) + [False]
+        sound, speech = torch.cat([chunk.audio for chunk in mine]), engine.speak(request)
+        assert torch.equal(mine[-1].speech.codes, speech.codes)
+        torch.testing.assert_close(sound, engine.decode(speech.codes), atol=1e-5, rtol=0)
+
+
+def test_streams_in_step_stay_one_group(engine, no_end, pushes, monkeypatch):
+    decoder = streaming.ChunkDecoder(engine.codec, grouped=True)
+    requests = [Request(text="Hi.", seed=n, max_frames=60, ignore_end=True) for n in range(4)]
+    streams = []
+    joined = CodecStream.joined
+    monkeypatch.setattr(CodecStream, "joined", lambda rows: (streams.append(joined(rows)), streams[-1])[1])
+    begun = [one for event in engine.events(requests) for one in decoder.take(event)] + decoder.flush()
+    assert [(b, f) for b, f in pushes if f in (4, 8, 16, 32)] == [(4, 4), (4, 8), (4, 16), (4, 32)]
+    assert len({id(stream.memory) for stream in streams[:4]}) == 1  # nothing is copied
+    for index in range(4):
+        sound = torch.cat([one.chunk().audio for one in begun if one.chunk().index == index])
+        codes = engine.speak(requests[index]).codes
+        torch.testing.assert_close(sound, engine.decode(codes), atol=1e-5, rtol=0)
