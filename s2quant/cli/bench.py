@@ -74,6 +74,7 @@ def _bench(options: argparse.Namespace) -> int:
             repeats=options.repeats,
             batch_sizes=_numbers("--batch", options.batch),
             memory_limit_gb=options.memory_limit,
+            low_memory=options.low_memory,
             against=_upstream(options),
             streams=_numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),

@@ -25,9 +25,12 @@ def add_voice_cache(command: argparse.ArgumentParser) -> None:
 
 
 def add_memory_limit(command: argparse.ArgumentParser) -> None:
-    """Add `--memory-limit` to a command."""
+    """Add `--memory-limit` and `--low-memory` to a command."""
     command.add_argument(
         "--memory-limit", type=float, metavar="GB", help="of the GPU's memory, in 10^9 bytes, take no more than this"
+    )
+    command.add_argument(
+        "--low-memory", action="store_true", help="keep what only encodes recordings, half of the codec, on the host"
     )
 
 

@@ -80,6 +80,7 @@ def _speak(options: argparse.Namespace) -> int:
             overwrite=options.force,
             voice_cache=voice_cache(options),
             memory_limit_gb=options.memory_limit,
+            low_memory=options.low_memory,
         ),
         sys.stdout.buffer,
     )

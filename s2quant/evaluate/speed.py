@@ -70,6 +70,7 @@ def measure_speed(
     voice: Voice | None = None,
     streams: Sequence[int] = (),
     memory_limit_gb: float | None = None,
+    low_memory: bool = False,
     against: Upstream | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
@@ -88,19 +89,21 @@ def measure_speed(
         voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
         streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
         memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
+        low_memory: Whether the codecs' encoders rest on the host.
         against: A fish-speech checkout that is timed beside us, on the first checkpoint; None: none.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, memory_limit_gb, text, num_frames, repeats, warmup_s (of all arms), `arms`
-        (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm:
-        concurrency, arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
-        peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
-        median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
-        that of one stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the
-        rows of `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`,
-        with same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over
-        that of every arm at batch 1); each is empty unless it was asked for.
+        version, device, dtype, decoder, memory_limit_gb, low_memory, text, num_frames, repeats, warmup_s (of all
+        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch
+        size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s,
+        peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the
+        first arm's, the median of the rounds' own ratios), samples (every timed round). Memory is that of speaking
+        and decoding, and None on a CPU; first_audio_s is that of one stream alone, without a voice, and None in the
+        rows of other batch sizes. `first_audio` has the rows of `measure_first_audio`, `streams` those of
+        `measure_streams`, `upstream` those of `measure_upstream`, with same_first_code (whether our first arm's
+        likeliest code is the same) and ratios (its ms_per_frame over that of every arm at batch 1); each is empty
+        unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
@@ -109,7 +112,7 @@ def measure_speed(
     if memory_limit_gb is not None:
         limit_memory(target, memory_limit_gb * 1e9)
     slots = max(*batch_sizes, *streams, 1)
-    arms = [_load(name, folder, target, dtype, linears, slots, decoder) for name, folder in folders.items()]
+    arms = [_load(name, folder, target, dtype, linears, slots, decoder, low_memory) for name, folder in folders.items()]
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
@@ -132,6 +135,7 @@ def measure_speed(
         "dtype": str(dtype).removeprefix("torch."),
         "decoder": decoder,
         "memory_limit_gb": memory_limit_gb,
+        "low_memory": low_memory,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,
@@ -220,10 +224,11 @@ def _load(
     linears: Backend,
     num_slots: int,
     decoder: DecoderKind,
+    low_memory: bool,
 ) -> _Arm:
     before = _allocated(device)
     started = time.perf_counter()
-    engine = load_engine(folder, device, dtype, linears, num_slots, decoder)
+    engine = load_engine(folder, device, dtype, linears, num_slots, decoder, encoder_on_host=low_memory)
     wait_for(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)
@@ -240,6 +245,8 @@ def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: 
     arm.engine.prefixes.clear()
     prefill_s, ar_s, speeches = _speak(arm.engine, requests)
     codec_s = _seconds(device, lambda: [arm.engine.decode(speech.codes) for speech in speeches])
+    if timed:
+        _keep_peak(arm, batch_size, arms)  # of speaking and decoding: encoding a recording has one of its own
     encode_s = first_s = None
     if batch_size == 1:
         encode_s = _seconds(device, lambda: _encode(arm.engine))
@@ -253,7 +260,6 @@ def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: 
     if encode_s is not None and first_s is not None:
         arm.encode_s.append(encode_s)
         arm.first_audio_s.append(first_s)
-    _keep_peak(arm, batch_size, arms)
 
 
 def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, list[Speech]]:

@@ -31,13 +31,13 @@ from s2quant.prompt import (
     split_text,
     system_message,
 )
+from s2quant.runtime import memory
 from s2quant.runtime.audio import read_reference
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device
-from s2quant.runtime.memory import guarded, guarded_iterator, limit_memory, release_memory
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
@@ -47,9 +47,6 @@ from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
 DECODERS = ("plain", "fast")
-SPEAKING_TODO = (
-    "speak fewer at a time, fewer frames, or with shorter references; use a quantized checkpoint; the engine can go on"
-)
 
 
 class Engine:
@@ -113,7 +110,7 @@ class Engine:
         def encode() -> Tensor:
             audio = read_reference(path, codec.sample_rate)
             moved = audio[None, None].to(codec.device)
-            return guarded(lambda: codec.encode(moved)[0].cpu(), doing, todo, self.release)
+            return memory.guarded(lambda: codec.encode(moved)[0].cpu(), doing, todo, self.release)
 
         return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
 
@@ -228,7 +225,7 @@ class Engine:
         num_slots = min(self.num_slots, len(requests))
         make = self._fast_events if self.decoder == "fast" else self._plain_events
         doing = f"speaking, up to {num_slots} at a time"
-        return guarded_iterator(make(num_slots, requests, batches), doing, SPEAKING_TODO, self.release)
+        return memory.guarded_iterator(make(num_slots, requests, batches), doing, memory.SPEAKING_TODO, self.release)
 
     def _plain_events(
         self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
@@ -322,7 +319,7 @@ class Engine:
             UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
         """
         chunks = decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
-        return guarded_iterator(chunks, "decoding sound", SPEAKING_TODO, self.release)
+        return memory.guarded_iterator(chunks, "decoding sound", memory.SPEAKING_TODO, self.release)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into sound.
@@ -341,13 +338,13 @@ class Engine:
             return torch.zeros(0)
         doing, todo = "decoding sound", "stream it, or speak fewer frames"
         moved = codes[None].to(codec.device)
-        return guarded(lambda: codec.decode(moved).float().cpu()[0, 0], doing, todo, self.release)
+        return memory.guarded(lambda: codec.decode(moved).float().cpu()[0, 0], doing, todo, self.release)
 
     def release(self) -> None:
         """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""
         self._idle = None
         self.prefixes.clear()
-        release_memory()
+        memory.release_memory()
 
     def _need_codec(self) -> Codec:
         if self.codec is None:
@@ -365,6 +362,7 @@ def load_engine(
     prefix_bytes: int = PREFIX_BYTES,
     voice_cache: Path | None = None,
     memory_limit_bytes: float | None = None,
+    encoder_on_host: bool = False,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -379,6 +377,8 @@ def load_engine(
         voice_cache: A folder where codes of recordings are kept, see `s2quant.runtime.voices`; None keeps none.
         memory_limit_bytes: The most memory of the GPU that this process takes from now on, with what CUDA itself
             needs; None sets no limit.
+        encoder_on_host: Whether what only encoding a recording needs of the codec, half of it, is on the device only
+            while it encodes.
 
     Returns:
         The engine.
@@ -388,15 +388,15 @@ def load_engine(
     """
     target = parse_device(device)
     if memory_limit_bytes is not None:
-        limit_memory(target, memory_limit_bytes)
+        memory.limit_memory(target, memory_limit_bytes)
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
-    doing, todo = (
-        f"loading {path}",
-        "use a quantized checkpoint, a larger device or limit, or give up other engines first",
-    )
-    codec = guarded(lambda: load_codec(checkpoint.folder, device=target), doing, todo)
-    model = guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, todo)
+    doing = f"loading {path}"
+    codec = memory.guarded(lambda: load_codec(checkpoint.folder, device=target), doing, memory.LOADING_TODO)
+    if encoder_on_host:
+        codec.rest_encoder("cpu")
+        memory.release_memory()
+    model = memory.guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, memory.LOADING_TODO)
     engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine

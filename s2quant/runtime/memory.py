@@ -17,6 +17,10 @@ import torch
 from s2quant.errors import OutOfMemory, UserError, is_out_of_memory
 
 CONTEXT_BYTES = 600_000_000  # of a limit, left to the CUDA context and libraries, which torch does not count
+LOADING_TODO = "use a quantized checkpoint, a larger device or limit, or give up other engines first"
+SPEAKING_TODO = (
+    "speak fewer at a time, fewer frames, or with shorter references; use a quantized checkpoint; the engine can go on"
+)
 T = TypeVar("T")
 
 

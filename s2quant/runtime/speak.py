@@ -52,6 +52,7 @@ class SpeakOptions:
         overwrite: Whether existing files are replaced.
         voice_cache: A folder where codes of recordings are kept; None encodes them anew.
         memory_limit_gb: The most memory of the GPU, in 10^9 bytes; None: all of it.
+        low_memory: Whether the codec's encoder rests on the host.
     """
 
     text: str
@@ -74,6 +75,7 @@ class SpeakOptions:
     overwrite: bool = False
     voice_cache: Path | None = None
     memory_limit_gb: float | None = None
+    low_memory: bool = False
 
 
 def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         options.decoder,
         voice_cache=options.voice_cache,
         memory_limit_bytes=None if options.memory_limit_gb is None else options.memory_limit_gb * 1e9,
+        encoder_on_host=options.low_memory,
     )
     began = time.perf_counter()
     voices = tuple(engine.voice(path, text) for path, text in options.voices)

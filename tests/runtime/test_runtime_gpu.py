@@ -216,3 +216,18 @@ def test_loading_to_the_gpu_holds_nothing_twice(tmp_path):
     model = load_model(tmp_path / "larger", "cuda")
     held = sum(tensor.nbytes for tensor in model.parameters())
     assert held > 2e8 and torch.cuda.max_memory_allocated() - before < 1.3 * held
+
+
+def test_an_encoder_on_the_host_gives_the_same_codes(tiny_folder, tmp_path):
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(88200), 44100)
+    whole, lean = (load_engine(tiny_folder, device="cuda", encoder_on_host=host) for host in (False, True))
+    on_host = {name.split(".")[0] for name, weight in lean.codec.named_parameters() if not weight.is_cuda}
+    assert on_host == {"encoder", "quantizer"} and lean.codec.device.type == "cuda"
+    codes = whole.voice(tmp_path / "a.wav", "Said.").codes
+    for _ in range(2):
+        assert torch.equal(lean.voice(tmp_path / "a.wav", "Said.").codes, codes)
+        assert torch.equal(lean.decode(codes), whole.decode(codes))
+    assert {name.split(".")[0] for name, weight in lean.codec.named_parameters() if not weight.is_cuda} == on_host
