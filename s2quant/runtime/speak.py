@@ -88,7 +88,8 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
     Returns:
         num_frames, audio_s, seconds, rtf, first_audio_s (None unless streamed), stop_reason, seed, sample_rate,
         voices_s (reading and encoding the recordings, before the clock of `seconds` starts), voices_kept (how many
-        of them the cache had), notes (what to tell about the cache).
+        of them the cache had), notes (what to tell about the cache), peak_device_bytes (of torch's tensors, loading
+        included; None on a CPU).
 
     Raises:
         UserError: Something in the input cannot be used; no file is left.
@@ -134,7 +135,13 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
             np.save(files.enter_context(atomic_file(options.codes_out, options.overwrite)), job.speech.codes.numpy())
     seconds = time.perf_counter() - started
     kept, notes = (engine.voices.hits, engine.voices.notes) if engine.voices is not None else (0, [])
-    return job.figures(seconds) | {"voices_s": voices_s, "voices_kept": kept, "notes": notes}
+    peak = torch.cuda.max_memory_allocated(engine.device) if engine.device.type == "cuda" else None
+    return job.figures(seconds) | {
+        "voices_s": voices_s,
+        "voices_kept": kept,
+        "notes": notes,
+        "peak_device_bytes": peak,
+    }
 
 
 def _checked_sampling(options: SpeakOptions) -> Sampling:
