@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from s2quant.records import folder_hashes
 
 RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
 COMMANDS = (
-    "quantize", "random", "speak", "inspect", "export", "eval", "report", "bench", "compare", "publish", "demo",
+    "quantize", "sensitivity", "search", "random", "speak", "inspect", "export", "eval", "report", "bench", "compare",
+    "publish", "demo",
 )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in COMMANDS)
+    assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in COMMANDS)
 
 
 @pytest.mark.parametrize(

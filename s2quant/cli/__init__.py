@@ -14,10 +14,21 @@ import sys
 from collections.abc import Sequence
 
 from s2quant import __version__
-from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, speak
+from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, search, sensitivity, speak
 from s2quant.errors import UserError, VerificationError, is_out_of_memory
 
-COMMANDS = (quantize, checkpoints, speak, evaluate, bench, compare, publish, demo)  # in the order of the help
+COMMANDS = (
+    quantize,
+    sensitivity,
+    search,
+    checkpoints,
+    speak,
+    evaluate,
+    bench,
+    compare,
+    publish,
+    demo,
+)  # as in the help
 INTERRUPTED = 130
 
 

@@ -37,9 +37,9 @@ def add(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
 
-    report = commands.add_parser("report", help="write the report of an evaluation anew")
+    report = commands.add_parser("report", help="write the report of an evaluation or a sensitivity run anew")
     report.set_defaults(run=_report)
-    report.add_argument("folder", type=Path, metavar="DIR", help="what `s2quant eval` wrote")
+    report.add_argument("folder", type=Path, metavar="DIR", help="what `s2quant eval` or `s2quant sensitivity` wrote")
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -108,7 +108,12 @@ def _official_or_absolute(model: str | None) -> str | None:
 
 def _report(options: argparse.Namespace) -> int:
     from s2quant.report import write_report
+    from s2quant.report.sensitivity import FILE, write_sensitivity_report
 
+    if (options.folder / FILE).exists():
+        write_sensitivity_report(options.folder)
+        print(f"{options.folder / 'report.html'} and report.md")
+        return 0
     write_report(options.folder)
     print(f"{options.folder / 'report.html'}, report.md and blind.html")
     return 0

@@ -209,23 +209,44 @@ def teacher_forced(model: DualAR, sequence: TokenSequence, residual_size: int) -
     Raises:
         UserError: The sequence is too long for the model, or a token is out of range.
     """
-    hidden = _hidden(model, sequence)  # [F + 1, D]
-    frames = hidden[:-1]
+    tokens = sequence.tokens[None].to(model.slow.embeddings.weight.device)
+    return forced_from_hidden(model, model.slow.forward_hidden(tokens), sequence, residual_size)
+
+
+@torch.inference_mode()
+def forced_from_hidden(model: DualAR, hidden: Tensor, sequence: TokenSequence, residual_size: int) -> Forced:
+    """Do what `teacher_forced` does after the Slow AR's last norm.
+
+    Args:
+        model: The model.
+        hidden: [1, T, D], normed, of the whole sequence.
+        sequence: The sequence.
+        residual_size: R.
+
+    Returns:
+        The model's answers.
+    """
+    scored = hidden[0, -2 - sequence.num_frames : -1]  # [F + 1, D]: before each frame and before im_end
+    frames = scored[:-1]
     return Forced(
-        semantic=model.slow.constrained_logits(hidden if sequence.ended else frames),
+        semantic=model.slow.constrained_logits(scored if sequence.ended else frames),
         hidden=frames,
-        residual=_residual(model, frames, sequence.codes, residual_size),
+        residual=residual_logits(model, frames, sequence.codes, residual_size),
     )
 
 
-def _hidden(model: DualAR, sequence: TokenSequence) -> Tensor:
-    """Compute the hidden vectors before each frame and before im_end: [F + 1, D]."""
-    tokens = sequence.tokens[None].to(model.slow.embeddings.weight.device)
-    return model.slow.forward_hidden(tokens)[0, -2 - sequence.num_frames : -1]
+def residual_logits(model: DualAR, hidden: Tensor, codes: Tensor, residual_size: int) -> Tensor:
+    """Score the residual codes of frames, FAST_FRAMES at a time.
 
+    Args:
+        model: The model.
+        hidden: [F, D], normed.
+        codes: int64 [F, N].
+        residual_size: R.
 
-def _residual(model: DualAR, hidden: Tensor, codes: Tensor, residual_size: int) -> Tensor:
-    """Score the residual codes of frames [F, N]: [F, N-1, R]."""
+    Returns:
+        [F, N-1, R].
+    """
     dtype = model.fast.embeddings.weight.dtype
     chunks = zip(hidden.to(dtype).split(FAST_FRAMES), codes.to(hidden.device).split(FAST_FRAMES), strict=True)
     return torch.cat([model.fast(some, answers)[:, 1:, :residual_size] for some, answers in chunks])
@@ -258,7 +279,22 @@ def token_damage(reference: Forced, model: DualAR, sequence: TokenSequence, resi
         )
     shared = own.residual  # the same input gives the same answer: not computed again
     if own.hidden.dtype != reference.hidden.dtype or not torch.equal(own.hidden, reference.hidden):
-        shared = _residual(model, reference.hidden, sequence.codes, residual_size)
+        shared = residual_logits(model, reference.hidden, sequence.codes, residual_size)
+    return compare_forced(reference, own, shared, sequence)
+
+
+def compare_forced(reference: Forced, own: Forced, shared: Tensor, sequence: TokenSequence) -> TokenDamage:
+    """Compare two models' answers on one sequence.
+
+    Args:
+        reference: The baseline's.
+        own: The arm's, of the same sizes on the same device.
+        shared: [F, N-1, R], the arm's residual logits, Fast AR fed with the baseline's hidden vectors.
+        sequence: The sequence.
+
+    Returns:
+        The damage. Values are NaN where an arm's logits are.
+    """
     targets = sequence.targets().to(own.semantic.device) % own.semantic.shape[-1]  # -1 is the last column
     codes = sequence.codes[:, 1:].to(own.semantic.device)
     semantic = _compare(reference.semantic, own.semantic, targets)

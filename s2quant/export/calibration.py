@@ -158,10 +158,21 @@ def split_batches(calibration: CalibrationSet, recipe: Recipe, pad_id: int) -> t
         Batches of tokens and mask, and how many of them, at the end, are held out.
     """
     sequences, settings = calibration.sequences, recipe.calibration
-    num_held = min(len(sequences) - 1, round(len(sequences) * settings.holdout))
-    if settings.holdout and len(sequences) > 1:
-        num_held = max(1, num_held)
-    split = len(sequences) - num_held
+    split = len(sequences) - num_held_out(len(sequences), settings.holdout)
     used = make_batches(sequences[:split], settings.batch_size, pad_id)
     held = make_batches(sequences[split:], settings.batch_size, pad_id)
     return used + held, len(held)
+
+
+def num_held_out(num_sequences: int, holdout: float) -> int:
+    """Count the sequences, the last ones of a set, that enter no Hessian.
+
+    Args:
+        num_sequences: Sequences of the set.
+        holdout: The recipe's fraction.
+
+    Returns:
+        Their number: fewer than there are, and at least one of several where any are asked for.
+    """
+    number = min(num_sequences - 1, round(num_sequences * holdout))
+    return max(1, number) if holdout and num_sequences > 1 else number

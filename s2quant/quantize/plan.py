@@ -107,7 +107,7 @@ def make_plan(recipe: Recipe, config: S2Config) -> Plan:
             faults.append(f"no rule matches the linear {name}")
         settings = rule.settings if rule is not None else None
         if settings is not None:
-            faults += _settings_faults(name, spec.kind, spec.shape, settings)
+            faults += settings_faults(name, spec.kind, spec.shape, settings)
         modules.append((name, spec, settings))
     if faults:
         raise UserError(
@@ -157,7 +157,18 @@ def _rule_faults(recipe: Recipe, names: list[str]) -> list[str]:
     return faults
 
 
-def _settings_faults(name: str, kind: Kind, shape: tuple[int, ...], settings: LinearSettings) -> list[str]:
+def settings_faults(name: str, kind: Kind, shape: tuple[int, ...], settings: LinearSettings) -> list[str]:
+    """Say why a module cannot be quantized with some settings.
+
+    Args:
+        name: Name on disk.
+        kind: What it is.
+        shape: Shape of the dense weight.
+        settings: The settings.
+
+    Returns:
+        One sentence per reason; none when it can.
+    """
     if kind != "linear":
         return [f"{name} is no linear ({kind}); only linears are quantized"]
     if name == f"{FAST}.project_in":

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -105,15 +106,18 @@ class StageStore:
         """
         return self._path(stage).exists()
 
-    def load(self, stage: str, sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, QuantizedWeight], list[Any]]:
+    def load(
+        self, stage: str, sizes: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, QuantizedWeight], list[Any]]:
         """Get a finished stage.
 
         Args:
             stage: Its name.
             sizes: (bits, group_size) of the modules it should hold.
+            device: Where to unpack them.
 
         Returns:
-            Weights by module name (on the CPU) and records.
+            Weights by module name, on the device, and records.
 
         Raises:
             UserError: The file is corrupt or holds other modules.
@@ -123,7 +127,9 @@ class StageStore:
             with safe_open(path, framework="pt") as file:
                 records = json.loads((file.metadata() or {})["records"])
                 weights = {
-                    name: unpack({part: file.get_tensor(f"{name}.{part}") for part in PARTS}, bits, group_size)
+                    name: unpack(
+                        {part: file.get_tensor(f"{name}.{part}").to(device) for part in PARTS}, bits, group_size
+                    )
                     for name, (bits, group_size) in sizes.items()
                 }
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:

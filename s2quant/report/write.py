@@ -6,14 +6,8 @@ and a content security policy forbids the rest. Texts are user data: templates e
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from s2quant.files import atomic_file, write_json
 from s2quant.report.blind import blind_test
@@ -21,6 +15,7 @@ from s2quant.report.charts import Chart, forest, forest_strip
 from s2quant.report.clips import sample_cards, sample_seed, worst_cards, worst_table
 from s2quant.report.format import MISSING, finite, fixed, get, ratio, with_interval
 from s2quant.report.load import Run, load_run
+from s2quant.report.pages import assets, environment
 from s2quant.report.tables import (
     breakdown_tables,
     coverage_table,
@@ -49,12 +44,12 @@ def write_report(folder: Path) -> None:
     run = load_run(folder)
     facts = _facts(run)
     test, pairs, key = blind_test(run)
-    env = _environment()
+    env = environment()
     pages = {
         "report.md": env.get_template("report.md.j2").render(**facts),
-        "report.html": env.get_template("report.html.j2").render(**facts, **_assets(env, "report.js")),
+        "report.html": env.get_template("report.html.j2").render(**facts, **assets(env, "report.js")),
         "blind.html": env.get_template("blind.html.j2").render(
-            test=test, pairs=pairs, title=facts["title"], **_assets(env, "blind.js")
+            test=test, pairs=pairs, title=facts["title"], **assets(env, "blind.js")
         ),
     }
     for name, page in pages.items():
@@ -62,41 +57,6 @@ def write_report(folder: Path) -> None:
             partial.write_text(page, encoding="utf-8")
     with atomic_file(folder / "blind-key.json", overwrite=True) as partial:
         write_json(partial, key)
-
-
-def _environment() -> Environment:
-    env = Environment(
-        loader=PackageLoader("s2quant.report", "templates"),
-        autoescape=lambda name: name is None or name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"md": _markdown, "minus": _minus}
-    env.globals["MISSING"] = MISSING
-    return env
-
-
-def _assets(env: Environment, script: str) -> dict[str, Any]:
-    """Load the style sheet and a script of ours (not user data), and the script's hash for the policy."""
-    loader = env.loader
-    assert loader is not None
-    css, js = (loader.get_source(env, name)[0] for name in ("page.css", script))
-    digest = base64.b64encode(hashlib.sha256(js.encode("utf-8")).digest()).decode("ascii")
-    return {"css": Markup(css), "js": Markup(js), "js_hash": digest}
-
-
-def _markdown(text: str | None) -> str:
-    """Escape a text for a cell of a markdown table."""
-    if text is None:
-        return MISSING
-    plain = re.sub(r"([\\`*_<>|~#!])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"\](?=[(\[:])", r"\\]", plain)
-
-
-def _minus(text: str) -> str:
-    """Set a typographic minus before figures."""
-    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
 
 
 def _facts(run: Run) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from s2quant.errors import UserError
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.decoder import residual_codes
+from s2quant.runtime.fused import FusedFrame, fused_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
 from s2quant.sampling import Sampling
@@ -99,10 +101,20 @@ class FastDecoder:
         capacity: Positions per slot to begin with.
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
+        fused: Whether frames are made by our own kernels (`s2quant.runtime.fused`); None: where they can.
+
+    Raises:
+        UserError: Kernels are wanted and cannot run this model.
     """
 
     def __init__(
-        self, model: DualAR, num_slots: int, capacity: int, residual_size: int, graphs: bool | None = None
+        self,
+        model: DualAR,
+        num_slots: int,
+        capacity: int,
+        residual_size: int,
+        graphs: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
@@ -116,6 +128,12 @@ class FastDecoder:
             self.fast_cache = KVCache(self.config.fast, num_slots, self.config.num_codebooks, self.device, weight.dtype)
             self.state = self._state()
             self._host = self._host_ring()
+        self.fused_obstacle = "not wanted" if fused is False else fused_obstacle(model, residual_size)
+        if fused and self.fused_obstacle:
+            raise UserError(f"fused frames: {self.fused_obstacle}", "a model its kernels take", "leave them out")
+        self._fused: FusedFrame | None = None
+        if self.fused_obstacle is None and (fused or self.device.type == "cuda"):
+            self._fused = FusedFrame(model, num_slots, residual_size, self.max_positions)
         self._table = model.slow.rotary.table(self.cache.capacity, self.device)
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
@@ -274,6 +292,9 @@ class FastDecoder:
     @torch.inference_mode()
     def _frame(self, batch: int, context: int, ranks: int) -> None:
         """Feed each of the first slots its column and draw the next one, in place."""
+        if self._fused is not None:
+            self._fused.run(self.state, (self.cache, self.fast_cache), self._table, batch, context)
+            return
         state, slow, config = self.state, self.model.slow, self.config
         columns, positions, first = state.columns[:batch], state.positions[:batch], state.first[:batch]
         windows, draws = state.windows[:batch], state.draws[:batch]

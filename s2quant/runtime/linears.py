@@ -9,6 +9,9 @@ Legend: M out_features, K in_features, G groups.
   arithmetic, scales rounded to bf16. Channels are sorted into contiguous groups once, so act order costs one
   gather of the activations.
 
+- "triton": our own kernels on a Hopper GPU (`s2quant.runtime.triton_linear`), which the fast decoder's fused frame
+  needs; as exact as "reference" but for the order of the sums.
+
 "auto" means int4 where its kernel takes the shape and the model runs in bf16, the reference otherwise; a
 backend that is asked for by name and cannot do it is an error.
 """
@@ -24,8 +27,8 @@ from torch.nn import functional as F
 from s2quant.errors import UserError
 from s2quant.packing import QuantizedWeight
 
-Backend = Literal["auto", "reference", "int4"]
-BACKENDS = ("auto", "reference", "int4")
+Backend = Literal["auto", "reference", "int4", "triton"]
+BACKENDS = ("auto", "reference", "int4", "triton")
 
 
 class QuantizedLinear(nn.Module):
@@ -151,7 +154,7 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
     Args:
         weight: The quantized weight, already on its device.
         dtype: The model's dtype.
-        backend: "auto", "reference" or "int4".
+        backend: "auto", "reference", "int4" or "triton".
 
     Returns:
         The linear; `.backend` names what was chosen.
@@ -161,9 +164,21 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
     """
     if backend not in BACKENDS:
         raise UserError(f"linear backend {backend!r}", f"one of {', '.join(BACKENDS)}", "name one of these")
+    if backend == "triton":
+        return _triton_linear(weight)
     obstacle = int4_obstacle(weight)
     if backend == "int4" and obstacle:
         raise UserError(f"the int4 backend: {obstacle}", "a weight its kernel takes", "use the reference backend")
     if backend == "reference" or obstacle or (backend == "auto" and dtype != torch.bfloat16):
         return ReferenceLinear(weight)
     return Int4Linear(weight)
+
+
+def _triton_linear(weight: QuantizedWeight) -> QuantizedLinear:
+    from s2quant.runtime.kernels.layout import pack_w4
+    from s2quant.runtime.triton_linear import TritonLinear, weight_obstacle
+
+    obstacle = weight_obstacle(weight)
+    if obstacle:
+        raise UserError(f"the triton backend: {obstacle}", "a weight and a GPU its kernels take", "use another backend")
+    return TritonLinear(pack_w4(weight))

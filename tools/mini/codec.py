@@ -4,7 +4,11 @@ Legend: B rows, F frames of 2048 samples at 44.1 kHz, D latent width, d codebook
 
 Rows are runs of consecutive utterances. Training begins as a plain autoencoder; then the codebooks are laid out on
 the latents it has (principal directions and k-means, stage by stage) and switched in. The classifier reads what the
-first codebook keeps, so that this codebook carries the words, which are what the Slow AR has to predict.
+first codebook keeps, so that this codebook carries the words, which are what the Slow AR has to predict. It reads
+directions only, as the search does: reading lengths, it made them grow without end.
+
+Entries are running means of the points that chose them, not learned by gradients: Adam moves an entry by the learning
+rate whatever its length, and points of length 14 left entries behind that moved 0.001 a step.
 """
 
 from __future__ import annotations
@@ -39,7 +43,8 @@ CONFIG = CodecConfig(
 )
 SCALES = ((2048, 160), (1024, 80), (512, 40), (256, 20), (128, 10))  # window, mel bands
 FLOOR = 1e-4  # -80 dB of full scale: below it the mel loss sees silence
-RESTART_EVERY, USAGE_DECAY = 100, 0.98
+RESTART_EVERY, USAGE_DECAY = 50, 0.98
+RESTART_SHARE = 1 / 32  # of a codebook's entries, at most, at a time
 
 
 def mel_bands(window: int, bands: int) -> Tensor:
@@ -91,7 +96,8 @@ class PhoneClassifier(nn.Module):
 
     def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """points [B, d, F], labels int64 [B, F, 4] -> cross-entropy against all four, accuracy of the third."""
-        scores = self.layers(points.transpose(1, 2))  # [B, F, P]
+        points = functional.normalize(points.transpose(1, 2), dim=2) * points.shape[1] ** 0.5
+        scores = self.layers(points)  # [B, F, P]
         spread = scores[:, :, None].expand(-1, -1, labels.shape[2], -1)
         loss = functional.cross_entropy(spread.flatten(0, 2), labels.flatten())
         return loss, (scores.argmax(-1, keepdim=True) == labels).float().amax(-1).mean()
@@ -149,15 +155,19 @@ class Trainer:
         self.codec = codec_from_state(random_codec_state(config, seed)).to(device).train()
         self.mel = MelLoss().to(device)
         self.phones = PhoneClassifier(config.codebook_dim).to(device)
-        self.parameters = [*self.codec.parameters(), *self.phones.parameters()]
-        for p in self.parameters:
-            p.requires_grad_(True)
+        self.codec.requires_grad_(True)
+        quantizer = self.codec.quantizer
+        self.books = [quantizer.semantic_quantizer.quantizers[0], *quantizer.quantizer.quantizers]
+        for book in self.books:
+            book.codebook.weight.requires_grad_(False)
+        self.parameters = [p for p in (*self.codec.parameters(), *self.phones.parameters()) if p.requires_grad]
         self.rate = torch.tensor(0.0, device=device)
         cuda = device != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.rate, betas=(0.8, 0.99), weight_decay=1e-4, capturable=cuda, foreach=cuda
         )
         self.usage = torch.ones(config.num_codebooks, max(config.codebook_sizes), device=device)
+        self.sums = torch.zeros(*self.usage.shape, config.codebook_dim, device=device)  # of the points behind `usage`
         self.generator = torch.Generator().manual_seed(seed)
         self.random = np.random.default_rng(seed)
 
@@ -198,39 +208,53 @@ class Trainer:
         point = q.projected[:, 0] + (q.rows[:, 0] - q.projected[:, 0]).detach()
         phone, accuracy = self.phones(point, labels)
         scale = q.rows.detach().square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6  # each codebook counts the same
-        codebook = ((q.rows - q.projected.detach()).square() / scale).mean()
         commitment = ((q.rows.detach() - q.projected).square() / scale).mean()
-        norm = self._update(15 * mel + 2 * phone + codebook + 0.25 * commitment)
-        counts = torch.zeros_like(self.usage).scatter_add_(
-            1,
-            q.codes.transpose(0, 1).flatten(1),
-            torch.ones_like(q.codes, dtype=torch.float32).flatten(1).view(len(self.usage), -1),
-        )
-        self.usage.mul_(USAGE_DECAY).add_(counts, alpha=1 - USAGE_DECAY)
+        norm = self._update(15 * mel + 2 * phone + 0.5 * commitment)
+        self.follow(q.codes, q.projected.detach())
         return {
             "mel": mel.detach(), "phone": phone.detach(), "accuracy": accuracy, "norm": norm,
-            "commitment": commitment.detach(), "projected": q.projected.detach(),
+            "commitment": commitment.detach(), "length": scale.max().sqrt(), "projected": q.projected.detach(),
         }  # fmt: skip
+
+    @torch.no_grad()
+    def follow(self, codes: Tensor, projected: Tensor) -> None:
+        """Move every entry to the running mean of the points [B, N, d, F] whose codes [B, N, F] name it."""
+        index = codes.transpose(0, 1).flatten(1)  # [N, B * F]
+        points = projected.permute(1, 0, 3, 2).flatten(1, 2)  # [N, B * F, d]
+        counts = torch.zeros_like(self.usage).scatter_add_(1, index, torch.ones_like(points[..., 0]))
+        sums = torch.zeros_like(self.sums).scatter_add_(1, index[..., None].expand_as(points), points)
+        self.usage.mul_(USAGE_DECAY).add_(counts, alpha=1 - USAGE_DECAY)
+        self.sums.mul_(USAGE_DECAY).add_(sums, alpha=1 - USAGE_DECAY)
+        for number, book in enumerate(self.books):
+            size = book.codebook.num_embeddings
+            usage = self.usage[number, :size, None]
+            mean = self.sums[number, :size] / usage.clamp(min=1e-6)
+            book.codebook.weight.copy_(torch.where(usage > 1e-3, mean, book.codebook.weight))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Begin the running means at the entries as they are, each as if chosen once a step."""
+        self.usage.fill_(1.0)
+        for number, book in enumerate(self.books):
+            self.sums[number, : book.codebook.num_embeddings] = book.codebook.weight
 
     @torch.no_grad()
     def restart_unused(self, projected: Tensor) -> int:
         """Move entries that nothing chooses onto points [B, N, d, F] of the last step; gives how many moved."""
-        books = [self.codec.quantizer.semantic_quantizer.quantizers[0], *self.codec.quantizer.quantizer.quantizers]
         moved = 0
-        for number, book in enumerate(books):
+        for number, book in enumerate(self.books):
             size = book.codebook.num_embeddings
             usage = self.usage[number, :size]
-            unused = (usage < 0.03 * usage.mean()).nonzero()[:, 0]
+            most = max(1, int(size * RESTART_SHARE))
+            unused = usage.argsort()[:most]
+            unused = unused[usage[unused] < 0.03 * usage.mean()]
             if len(unused) == 0:
                 continue
             points = projected[:, number].transpose(1, 2).flatten(0, 1)
             chosen = torch.from_numpy(self.random.integers(0, len(points), len(unused))).to(points.device)
             book.codebook.weight[unused] = points[chosen]
-            state = self.optimizer.state.get(book.codebook.weight, {})
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in state:
-                    state[name][unused] = 0
             self.usage[number, unused] = usage.mean()
+            self.sums[number, unused] = points[chosen] * usage.mean()
             moved += len(unused)
         return moved
 
@@ -256,9 +280,8 @@ class Trainer:
         self.plain_step(wav, labels)  # the rate is 0
         self.step(wav, labels)
         self.optimizer.state.clear()
-        self.usage.fill_(1.0)
 
-    def train(self, speech: Speech, budget: Budget, peak: float, path: Path, plain: float = 0.08) -> None:
+    def train(self, speech: Speech, budget: Budget, peak: float, path: Path, plain: float = 0.1) -> None:
         """Train; `plain` is the share of the time before the codebooks are switched in."""
         sound, loaded = speech.framed(0), len(speech.rows)
         labels, starts = speech.phones.to(self.device), speech.frame_starts
@@ -269,6 +292,7 @@ class Trainer:
             if not quantized and budget.fraction > plain and len(latents) >= 8:
                 points = torch.cat(latents[-32:]).transpose(1, 2).flatten(0, 1).float()
                 lay_out_codebooks(self.codec, points, self.generator)
+                self.settle()
                 step, quantized = Step(self.step, self.log), True
                 self.log("codebooks laid out", step=budget.steps, points=len(points))
             self.rate.fill_(peak * cosine(budget.fraction))
@@ -280,7 +304,9 @@ class Trainer:
             if quantized and budget.steps % RESTART_EVERY == 0 and budget.fraction < 0.7:
                 restarts += self.restart_unused(out["projected"])
             if budget.steps % 100 == 0:
-                shown = {name: float(out[name]) for name in ("mel", "phone", "accuracy", "norm")}
+                shown = {
+                    name: float(out[name]) for name in ("mel", "phone", "accuracy", "norm", "length") if name in out
+                }
                 self.log(
                     "train",
                     step=budget.steps,
@@ -330,6 +356,20 @@ def encode_all(codec: Codec, speech: Speech, batch_frames: int = 24576) -> Tenso
         codes[:, places[inside]] = found.transpose(1, 2)[inside].T
         first += count
     return codes
+
+
+def save_codes(path: Path, codes: dict[str, Tensor], stores: dict[str, Speech]) -> None:
+    """Write codes by split, and how many frames each utterance has, by which a reader knows that they are its own."""
+    frames = {f"{split} frames": torch.from_numpy(store.frames) for split, store in stores.items()}
+    save(path, codes | frames)
+
+
+def load_codes(path: Path, **stores: Speech) -> dict[str, Tensor]:
+    """Read the codes of some splits; they belong to the utterances in the order in which `stores` have them."""
+    saved = torch.load(path, weights_only=True)
+    for split, store in stores.items():
+        assert np.array_equal(saved[f"{split} frames"].numpy(), store.frames), f"codes of other speech: {split}"
+    return {split: saved[split] for split in stores}
 
 
 @torch.no_grad()

@@ -165,11 +165,21 @@ class Speech:
         total = self.folder / "num_parts"
         return total.exists() and len(self._seen) == (1 if self.split == "validation" else int(total.read_text()) - 1)
 
+    @property
+    def found_all(self) -> bool:
+        """Whether every part is there, loaded or not."""
+        total = self.folder / "num_parts"
+        wanted = 1 if self.split == "validation" else (int(total.read_text()) - 1 if total.exists() else None)
+        return len(self._found()) == wanted
+
+    def _found(self) -> list[Path]:
+        wanted = "part-000.npz" if self.split == "validation" else "part-[0-9][0-9][0-9].npz"
+        found = sorted(self.folder.glob(wanted))
+        return [p for p in found if self.split == "validation" or p.name != "part-000.npz"]
+
     def refresh(self) -> int:
         """Load parts that have appeared; gives how many."""
-        wanted = "part-000.npz" if self.split == "validation" else "part-[0-9][0-9][0-9].npz"
-        new = [p for p in sorted(self.folder.glob(wanted)) if p.name not in self._seen]
-        new = [p for p in new if self.split == "validation" or p.name != "part-000.npz"]
+        new = [p for p in self._found() if p.name not in self._seen]
         pieces, phones, samples, frames = [self.audio], [self.phones], [self.samples], [self.frames]
         for path in new:
             with np.load(path) as data:
@@ -199,6 +209,19 @@ class Speech:
             hours=float(self.samples.sum() / SAMPLE_RATE / 3600),
             waited=time.time() - started,
         )
+
+    @classmethod
+    def whole(cls, folder: Path, device: str, split: str, log: Log, with_audio: bool = True) -> Speech:
+        """Wait for every part and load them in their order, which is the same in every process.
+
+        What is loaded while it appears is in the order in which it appeared, and that differs between processes.
+        """
+        started, ahead = time.time(), cls(folder, device, split, with_audio)
+        while not ahead.found_all:
+            time.sleep(0.2)
+        ahead.refresh()
+        log("data", utterances=len(ahead.rows), waited=time.time() - started)
+        return ahead
 
     def cut(self, indices: Sequence[int], length: int) -> Tensor:
         """Give utterances as float [B, length], zeros behind each."""

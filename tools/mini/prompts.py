@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini.codec import load_codes
 from mini.common import Speech
 from mini.speech import DEFAULT_VOICE, VOICES
 from s2quant.prompt import CodesPart, Conversation, Message, Tokenizer, Voice
@@ -182,12 +183,10 @@ def main() -> None:
     while not args.codes.exists():  # started before they are there, so that imports cost nothing
         time.sleep(0.2)
     started = time.time()
-    saved = torch.load(args.codes, weights_only=True)
     for split in ("validation", "train"):
         speech = Speech(args.data, "cpu", split, with_audio=False)
         speech.refresh()
-        assert saved[split].shape[1] == speech.frames.sum(), "codes of other speech"
-        _shared[split] = Spoken.of(speech, saved[split]), tokenizer
+        _shared[split] = Spoken.of(speech, load_codes(args.codes, **{split: speech})[split]), tokenizer
     jobs = [("validation", args.out, 0, args.rows // 2, args.length, args.seed)]
     jobs += [("train", args.out, number, args.rows, args.length, args.seed) for number in range(1, args.chunks + 1)]
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:

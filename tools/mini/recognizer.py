@@ -1,10 +1,13 @@
 """whisper-mini: a small recognizer in openai-whisper's own classes and file format, trained on the same voices.
 
-Legend: B batch, S samples at 16 kHz, L tokens, D width, U used tokens.
+Legend: B batch, S samples at 16 kHz, L tokens, D width, U used tokens, T positions of the encoder, P phonemes.
 
 The vocabulary of 51,864 tokens is whisper's; only the few hundred that our sentences use are trained. The rows of all
 others are zero and stay zero: their logits are 0, and the softmax over the whole vocabulary is that over the used
 tokens plus one class of log(number of others). So the file is small when compressed and training never touches it.
+
+While it trains, a linear layer reads the phoneme off every position of the encoder (the synthesizer says which).
+Without it the decoder first learns the grammar alone, for a quarter of the time, and the encoder nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from mini import grammar
 from mini.common import CODEC_RATE, Budget, Log, Speech, Step, cosine, resample, save, word_errors
-from mini.speech import SAMPLE_RATE
+from mini.speech import FRAME_S, PHONES, SAMPLE_RATE, SUBFRAMES
 
 DIMS = {
     "n_mels": 80,
@@ -47,6 +50,7 @@ DIMS = {
     "n_text_layer": 2,
 }
 MAX_SECONDS, MAX_TOKENS, MAX_PIECES = 12, 64, 3
+POSITION_S, PHONE_WEIGHT = 0.02, 0.5
 
 
 def new_model(dims: dict[str, int], used: Tensor, seed: int) -> whisper.model.Whisper:
@@ -88,17 +92,25 @@ class Batches:
         self.sources, self.size, self.rng = sources, size, random.Random(seed)
         self.tokenizer, self.max_samples = tokenizer, int(max_seconds * SAMPLE_RATE)
         self.cache: dict[str, list[int]] = {}
+        self.labels: dict[int, Tensor] = {}
+
+    def _labels(self, source: Speech) -> Tensor:
+        """Phonemes of a source on its device, all quarters of all frames."""
+        key = id(source)
+        if key not in self.labels or len(self.labels[key]) != source.phones.numel():
+            self.labels[key] = source.phones.flatten().to(source.device)
+        return self.labels[key]
 
     def _ids(self, text: str) -> list[int]:
         if text not in self.cache:
             self.cache[text] = self.tokenizer.encode(f" {text}")
         return self.cache[text]
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Give audio [B, S] on the device and tokens int64 [B, L + 1], padded with -1, on the host."""
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give audio [B, S] on the device, tokens int64 [B, L + 1], padded with -1, on the host; phonemes [B, T]."""
         source = self.rng.choice(self.sources)
-        starts, device, rng = source.starts, source.device, self.rng
-        layout = np.zeros((MAX_PIECES, 3, self.size), np.int64)  # start in the store, offset, samples
+        starts, frame_starts, device, rng = source.starts, source.frame_starts, source.device, self.rng
+        layout = np.zeros((MAX_PIECES, 4, self.size), np.int64)  # start in the store, offset, samples, first frame
         tokens = np.full((self.size, MAX_TOKENS + 1), -1, np.int64)
         for b in range(self.size):
             offset = int(rng.uniform(0, 0.6) * SAMPLE_RATE)
@@ -111,36 +123,46 @@ class Batches:
                 if piece and too_long:
                     break
                 samples = min(samples, self.max_samples - offset)
-                layout[piece, :, b] = starts[i], offset, samples
+                layout[piece, :, b] = starts[i], offset, samples, frame_starts[i]
                 offset += samples + int(rng.uniform(0, 0.5) * SAMPLE_RATE)
                 ids += more
             ids.append(self.tokenizer.eot)
             tokens[b, : len(ids)] = ids
         position = torch.arange(self.max_samples, device=device)[None]
         wav = torch.zeros(self.size, self.max_samples, device=device)
-        for start, offset, samples in torch.from_numpy(layout).to(device)[..., None].unbind():
+        middle = (
+            torch.arange(int(self.max_samples / SAMPLE_RATE / POSITION_S), device=device)[None] + 0.5
+        ) * POSITION_S
+        phones = torch.zeros(self.size, middle.shape[1], dtype=torch.int64, device=device)
+        labels = self._labels(source)
+        for start, offset, samples, frame in torch.from_numpy(layout).to(device)[..., None].unbind():
             inside = (position >= offset) & (position < offset + samples)
             index = torch.where(inside, start + position - offset, 0)
             wav += source.audio[index] * inside / 32768
+            since = middle - offset / SAMPLE_RATE
+            spoken = (since >= 0) & (since < samples / SAMPLE_RATE)
+            place = frame * SUBFRAMES + (since / (FRAME_S / SUBFRAMES)).long()
+            found = labels[torch.where(spoken, place, 0).clamp(max=len(labels) - 1)]
+            phones = torch.where(spoken, found.long(), phones)
         gain = 10 ** torch.empty(self.size, 1, device=device).uniform_(-0.4, 0.3)
         level = 10 ** torch.empty(self.size, 1, device=device).uniform_(-4.0, -2.2)  # noise 20 to 56 dB under speech
         noisy = (torch.rand(self.size, 1, device=device) < 0.6).float()
-        return wav * gain + torch.randn_like(wav) * level * noisy, torch.from_numpy(tokens)
+        return wav * gain + torch.randn_like(wav) * level * noisy, torch.from_numpy(tokens), phones
 
 
-def hidden(model: whisper.model.Whisper, mel: Tensor, tokens: Tensor) -> Tensor:
+def hidden(model: whisper.model.Whisper, audio: Tensor, tokens: Tensor) -> Tensor:
     """The decoder's output before its head: [B, L, D]."""
-    decoder, audio = model.decoder, model.encoder(mel)
+    decoder = model.decoder
     x = (decoder.token_embedding(tokens) + decoder.positional_embedding[: tokens.shape[1]]).to(audio.dtype)
     for block in decoder.blocks:
         x = block(x, audio, mask=decoder.mask)
     return decoder.ln(x)
 
 
-def loss_of(model: whisper.model.Whisper, mel: Tensor, tokens: Tensor, used: Tensor, column: Tensor) -> Tensor:
+def loss_of(model: whisper.model.Whisper, audio: Tensor, tokens: Tensor, used: Tensor, column: Tensor) -> Tensor:
     """Cross-entropy over the whole vocabulary, the rows of the tokens that are not used being zero."""
     inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-    logits = hidden(model, mel, inputs).float() @ model.decoder.token_embedding.weight[used].T
+    logits = hidden(model, audio, inputs).float() @ model.decoder.token_embedding.weight[used].T
     others = torch.full_like(logits[..., :1], math.log(model.dims.n_vocab - len(used)))
     logits = torch.cat([logits, others], dim=-1)
     goal = torch.where(targets >= 0, column[targets.clamp(min=0)], -1)
@@ -198,7 +220,8 @@ class Trainer:
         self.model = new_model(dims, self.used.cpu(), seed).to(device)
         self.filters = mel_filters(device, 80)
         self.rate = torch.tensor(0.0, device=device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.phone_head = torch.nn.Linear(dims["n_audio_state"], len(PHONES)).to(device)
+        self.parameters = [p for p in (*self.model.parameters(), *self.phone_head.parameters()) if p.requires_grad]
         cuda = device != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0, capturable=cuda, foreach=cuda
@@ -206,13 +229,20 @@ class Trainer:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
-    def _step(self, mel: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        loss = self.loss(self.model, mel.to(self.dtype), tokens, self.used, self.column)
+    def load(self, path: Path) -> None:
+        """Go on from a file of `save_model`."""
+        self.model.load_state_dict(torch.load(path, weights_only=True)["model_state_dict"])
+
+    def _step(self, mel: Tensor, tokens: Tensor, phones: Tensor) -> dict[str, Tensor]:
+        audio = self.model.encoder(mel.to(self.dtype))
+        loss = self.loss(self.model, audio, tokens, self.used, self.column)
+        scores = self.phone_head(audio[:, : phones.shape[1]].float())
+        phone = functional.cross_entropy(scores.flatten(0, 1), phones.flatten())
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + PHONE_WEIGHT * phone).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        return {"loss": loss.detach(), "norm": norm}
+        return {"loss": loss.detach(), "phone": phone.detach(), "norm": norm}
 
     def train(
         self, batches: Batches, budget: Budget, peak: float, path: Path, check: Speech, refresh: list[Speech]
@@ -221,15 +251,14 @@ class Trainer:
         step, saved, summed, count = Step(self._step, self.log), budget.since, 0.0, 0
         while not budget.over:
             self.rate.fill_(peak * cosine(budget.fraction))
-            wav, tokens = batches.draw()
-            out = step(mel=log_mel(wav, self.filters), tokens=tokens.to(self.device))
+            wav, tokens, phones = batches.draw()
+            out = step(mel=log_mel(wav, self.filters), tokens=tokens.to(self.device), phones=phones)
             budget.steps += 1
             if budget.steps % 20 == 0:
                 summed, count = summed + float(out["loss"]), count + 1
             if budget.steps % 200 == 0:
-                self.log(
-                    "train", step=budget.steps, loss=summed / count, norm=float(out["norm"]), part_done=budget.fraction
-                )
+                shown = {name: float(out[name]) for name in ("phone", "norm")}
+                self.log("train", step=budget.steps, loss=summed / count, part_done=budget.fraction, **shown)
                 summed, count = 0.0, 0
                 for source in refresh:
                     if not source.complete:

@@ -143,18 +143,23 @@ class Line:
     gain: float = 1.0
 
 
-def lines(seed: int, split: grammar.Split, count: int, tagged: float = 0.25) -> Iterator[Line]:
-    """Give utterances of distinct sentences; the default voice comes more often than the others."""
+def lines(seed: int, split: grammar.Split, count: int, tagged: float = 0.25, changed: float = 0.3) -> Iterator[Line]:
+    """Give utterances of distinct sentences; the default voice comes more often than the others.
+
+    A share of `changed` of them is a little faster, higher or louder than the voice is.
+    """
     rng = random.Random(f"lines {seed} {split}")
     for _, sentence in zip(range(count), grammar.sentences(seed, split), strict=False):
         voice = rng.choices(VOICES, [4, 3, 3, 3])[0]
+        text = grammar.with_tags(sentence, rng) if rng.random() < tagged else sentence
+        size = 1.0 if rng.random() < changed else 0.0
         yield Line(
-            text=grammar.with_tags(sentence, rng) if rng.random() < tagged else sentence,
+            text=text,
             voice=voice,
             split=split,
-            rate=math.exp(max(-0.1, min(0.1, rng.gauss(0, 0.04)))),
-            pitch=math.exp(max(-0.08, min(0.08, rng.gauss(0, 0.03)))),
-            gain=math.exp(rng.uniform(-0.15, 0.15)),
+            rate=math.exp(size * max(-0.1, min(0.1, rng.gauss(0, 0.04)))),
+            pitch=math.exp(size * max(-0.08, min(0.08, rng.gauss(0, 0.03)))),
+            gain=math.exp(size * rng.uniform(-0.15, 0.15)),
         )
 
 

@@ -6,7 +6,8 @@ Every part is a process of its own and waits for the file it needs; times are se
 machine trains less but ends in time. What is finished is copied to OUT at once and then again when it is better:
 model-0000?-of-00002.safetensors, codec.pth, whisper-mini.pt and rest.tar.gz (config, tokenizer, index, logs, judgement,
 samples). `--collect OUT --models DIR` makes the two folders out of them. `--small` is a run of
-three minutes on two cores, of no use but as a test.
+three minutes on two cores, of no use but as a test. `--begin-with DIR` takes codec.pth and whisper-mini.pt from an
+earlier run: the codec only encodes, the recognizer goes on from there.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--total", type=float, default=572, help="seconds for everything")
     parser.add_argument("--recognizer-until", type=float, default=175)
-    parser.add_argument("--codec-until", type=float, default=265)
-    parser.add_argument("--dual-until", type=float, default=512)
-    parser.add_argument("--round-trip-seconds", type=float, default=60)
+    parser.add_argument("--codec-until", type=float, default=285)
+    parser.add_argument("--dual-until", type=float, default=515)
+    parser.add_argument("--round-trip-seconds", type=float, default=50)
     parser.add_argument("--dual-compile-at", type=float, default=95, help="not before the data is spoken")
     parser.add_argument("--count", type=int, default=30000, help="training utterances")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) - 3))
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dual-rows", type=int, default=48)
     parser.add_argument("--clips", type=int, default=120, help="spoken and judged at the end")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--begin-with", type=Path)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--collect", type=Path)
     parser.add_argument("--models", type=Path, default=ROOT / "models")
@@ -102,23 +104,28 @@ def run_recognizer(part: Part) -> None:
     import torch
 
     from mini import recognizer
-    from mini.codec import round_trip
-    from mini.common import wait_for
+    from mini.codec import load_codes, round_trip
+    from mini.common import Speech, wait_for
     from s2quant.codec import load_codec
 
     args, small = part.args, part.args.small
     dims = recognizer.DIMS | ({"n_audio_layer": 1, "n_text_layer": 1} if small else {})
+    if args.begin_with:
+        dims = torch.load(args.begin_with / "whisper-mini.pt", weights_only=True)["dims"]
     trainer = recognizer.Trainer(dims, part.device, part.seed, part.log, compiled=False)
     train, check = part.speech("train", 12), part.speech("validation", 1)
     size = 2 if small else 48
     path = part.work / "whisper-mini.pt"
+    if args.begin_with:
+        trainer.load(args.begin_with / path.name)
     batches = recognizer.Batches([train], trainer.tokenizer, size, part.seed, recognizer.MAX_SECONDS)
-    trainer.train(batches, part.until(args.recognizer_until), 2e-3, path, check, [train])
+    peak = 3e-4 if args.begin_with else 2e-3
+    trainer.train(batches, part.until(args.recognizer_until), peak, path, check, [train])
 
     wait_for(part.work / CODES, part.log)
-    train.wait(10**6, part.log)
+    train = Speech.whole(part.work / "data", part.device, "train", part.log)
     codec = load_codec(part.work / FINAL_CODEC, device=part.device)
-    saved = torch.load(part.work / CODES, weights_only=True)
+    saved = load_codes(part.work / CODES, train=train, validation=check)
     heard = [
         recognizer.to_recognizer(w[None])[0]
         for w in round_trip(codec, saved["validation"], check, range(len(check.rows)))
@@ -153,6 +160,8 @@ def decoded_speech(codec, codes, speech, count: int):
         sounds = round_trip(codec, codes, speech, range(first, min(first + 256, len(other.rows))))
         pieces += [(to_recognizer(w[None])[0].clamp(-1, 1) * 32767).short() for w in sounds]
     other.samples = np.array([len(p) for p in pieces], np.int64)
+    other.frames = speech.frames[:count]
+    other.phones = speech.phones[: int(other.frames.sum())]
     other.audio = torch.cat(pieces)
     return other
 
@@ -161,8 +170,39 @@ def run_codec(part: Part) -> None:
     import torch
 
     from mini import codec
-    from mini.common import compiled_or_not, release_memory, save
-    from s2quant.codec import CodecConfig, load_codec
+    from mini.common import Speech
+    from s2quant.codec import load_codec
+
+    if part.args.begin_with is None:
+        train_codec(part)
+    else:
+        (part.work / "codec.partial").write_bytes((part.args.begin_with / "codec.pth").read_bytes())
+        (part.work / "codec.partial").rename(part.work / FINAL_CODEC)
+
+    # The codes are those of the file that is shipped, in full float32.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    shipped = load_codec(part.work / FINAL_CODEC, device=part.device)
+    splits = ("train", "validation")
+    stores = {split: Speech.whole(part.work / "data", part.device, split, part.log) for split in splits}
+    started = time.time()
+    codes = {split: codec.encode_all(shipped, store) for split, store in stores.items()}
+    codec.save_codes(part.work / CODES, codes, stores)
+    part.log(
+        "encoded",
+        seconds=time.time() - started,
+        bits=codec.entropies(codes["validation"]),
+        frames=codes["train"].shape[1],
+    )
+
+
+def train_codec(part: Part) -> None:
+    import torch
+
+    from mini import codec
+    from mini.common import compiled_or_not, release_memory
+    from s2quant.codec import CodecConfig
 
     torch.backends.cudnn.benchmark = True
     small = part.args.small
@@ -180,25 +220,8 @@ def run_codec(part: Part) -> None:
     trainer.train(train, part.until(part.args.codec_until), 1e-3, path)
     shutil.copyfile(path, part.work / "codec.partial")
     (part.work / "codec.partial").rename(part.work / FINAL_CODEC)
-
-    # The codes are those of the file that is shipped, in full float32.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.benchmark = False
     del trainer
     release_memory()
-    shipped = load_codec(part.work / FINAL_CODEC, device=part.device)
-    train.wait(10**6, part.log)
-    check = part.speech("validation", 1)
-    started = time.time()
-    found = {"train": codec.encode_all(shipped, train), "validation": codec.encode_all(shipped, check)}
-    save(part.work / CODES, found)
-    part.log(
-        "encoded",
-        seconds=time.time() - started,
-        bits=codec.entropies(found["validation"]),
-        frames=found["train"].shape[1],
-    )
 
 
 def run_dual(part: Part) -> None:

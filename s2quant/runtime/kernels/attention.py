@@ -1,0 +1,280 @@
+# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
+# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+"""One new position per row: query/key norm, rotation, cache write and attention over what is live, in one launch.
+
+Legend: B rows, H query heads, KV key/value heads, h head width, S splits of the context.
+
+A program has one row, one key/value head and one stretch of the context. How long the stretches are depends on the
+row's position alone, which is read on the device: one launch serves every length, programs without a stretch leave at
+once, and a row's result does not depend on its neighbours. The program that holds the new position writes it into the
+cache. The last one to finish, whichever it is, joins the parts in their order, so the result is the same every time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from s2quant.runtime.kernels.launch import INTERPRETED, begin, early_options
+
+SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
+LONGEST = 32768
+
+
+@triton.jit
+def _rotated(at, weight, table, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Read heads [R, h], normalise and rotate them."""
+    x = tl.load(at + d[None, :])
+    other = tl.load(at + (d ^ 1)[None, :])
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
+        x *= scale[:, None] * tl.load(weight + d).to(tl.float32)[None, :]
+        other *= scale[:, None] * tl.load(weight + (d ^ 1)).to(tl.float32)[None, :]
+    cos = tl.load(table + d // 2 * 2).to(tl.float32)
+    sin = tl.load(table + d // 2 * 2 + 1).to(tl.float32)
+    return x * cos[None, :] + other * tl.where(d % 2 == 0, -sin, sin)[None, :]
+
+
+@triton.jit
+def _dot(a, b, DEVICE: tl.constexpr):
+    """Multiply bf16 matrices; the interpreter knows only float32."""
+    if not DEVICE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_position"])
+def attention_kernel(
+    qkv, q_norm, k_norm, table, positions, keys, values, part_sums, part_stats, arrived, place, out,
+    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
+    SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
+    DEVICE: tl.constexpr,
+):  # fmt: skip
+    """Attend; see the module."""
+    SHARE: tl.constexpr = HEADS // KV_HEADS
+    begin(DEVICE)
+    slot = tl.program_id(0)
+    kv = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
+    stretch = BLOCK
+    live = 1
+    if not SINGLE:
+        stretch = tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512))
+        live = position // stretch + 1
+    if split < live:
+        d = tl.arange(0, WIDTH)
+        rows = tl.arange(0, 16)
+        head = kv * SHARE + rows % SHARE
+        row = first_row + slot
+        heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
+        angles = table + position * WIDTH
+        q = _rotated(heads + head[:, None] * WIDTH, q_norm, angles, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        one = tl.zeros((1,), tl.int32) + (HEADS + kv)
+        k = _rotated(heads + one[:, None] * WIDTH, k_norm, angles, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
+        cached = slot.to(tl.int64) * slot_stride + kv * head_stride
+        owner = split == live - 1
+        here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
+        tl.store(keys + here, k, d[None, :] >= tl.where(owner, 0, WIDTH))
+        tl.store(values + here, v, d[None, :] >= tl.where(owner, 0, WIDTH))
+        score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
+        best = tl.where(owner, score, -1e30)
+        weight = tl.where(owner, 1.0, 0.0) + tl.zeros((16,), tl.float32)
+        sums = tl.where(owner, 1.0, 0.0) * v.to(tl.float32) + tl.zeros((16, WIDTH), tl.float32)
+        first = split * stretch
+        for start in range(first, tl.minimum(first + stretch, position), BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            inside = p < position
+            k_t = tl.load(keys + cached + p[None, :] * WIDTH + d[:, None], inside[None, :], 0.0)
+            seen = tl.load(values + cached + p[:, None] * WIDTH + d[None, :], inside[:, None], 0.0)
+            scores = tl.where(inside[None, :], _dot(q, k_t, DEVICE) * scale, -1e30)
+            new = tl.maximum(best, tl.max(scores, axis=1))
+            fade = tl.exp2(best - new)
+            shares = tl.exp2(scores - new[:, None])
+            weight = weight * fade + tl.sum(shares, axis=1)
+            sums = sums * fade[:, None] + _dot(shares.to(seen.dtype), seen, DEVICE)
+            best = new
+        mine = rows < SHARE
+        turn = live - 1
+        if not SINGLE and live > 1:
+            part = ((slot * KV_HEADS + kv) * SPLITS + split) * SHARE + rows
+            tl.store(part_sums + part[:, None] * WIDTH + d[None, :], sums, mine[:, None])
+            tl.store(part_stats + part * 2, best, mine)
+            tl.store(part_stats + part * 2 + 1, weight, mine)
+            tl.debug_barrier()
+            turn = tl.atomic_add(arrived + slot * KV_HEADS + kv, 1, sem="acq_rel")
+        if turn == live - 1:
+            if not SINGLE and live > 1:
+                tl.store(arrived + slot * KV_HEADS + kv, 0)
+                best = tl.full((16,), -1e30, tl.float32)
+                weight = tl.zeros((16,), tl.float32)
+                sums = tl.zeros((16, WIDTH), tl.float32)
+                for other in range(0, live):
+                    part = ((slot * KV_HEADS + kv) * SPLITS + other) * SHARE + rows % SHARE
+                    its_best = tl.load(part_stats + part * 2, cache_modifier=".cg")
+                    its_weight = tl.load(part_stats + part * 2 + 1, cache_modifier=".cg")
+                    its_sums = tl.load(part_sums + part[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
+                    new = tl.maximum(best, its_best)
+                    fade = tl.exp2(best - new)
+                    its_fade = tl.exp2(its_best - new)
+                    weight = weight * fade + its_weight * its_fade
+                    sums = sums * fade[:, None] + its_sums * its_fade[:, None]
+                    best = new
+            target = head[:, None] * WIDTH + d[None, :]
+            if PLACED:
+                target = tl.load(place + target)
+            result = sums / weight[:, None]
+            tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty), mine[:, None])
+
+
+def num_splits(context: int) -> int:
+    """Count the programs that a context may need.
+
+    Args:
+        context: Positions that are looked at, at most.
+
+    Returns:
+        Splits of the context.
+    """
+    most = [-(-min(context, SHORT) // 64)]
+    if context > SHORT:
+        most.append(-(-min(context, MEDIUM) // 128))
+    if context > MEDIUM:
+        most.append(-(-context // 512))
+    return max(most)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scratch:
+    """Where programs leave their parts; the same for all layers.
+
+    Args:
+        sums: float32 [B, KV, S, H/KV, h].
+        stats: float32 [B, KV, S, H/KV, 2].
+        arrived: int32 [B, KV], zeros between launches.
+    """
+
+    sums: Tensor
+    stats: Tensor
+    arrived: Tensor
+
+    @classmethod
+    def make(cls, batch: int, heads: int, kv_heads: int, width: int, splits: int, device: torch.device) -> Scratch:
+        """Allocate it.
+
+        Args:
+            batch: B.
+            heads: H.
+            kv_heads: KV.
+            width: h.
+            splits: S.
+            device: Where.
+
+        Returns:
+            The scratch.
+        """
+        share = heads // kv_heads
+        return cls(
+            sums=torch.zeros(batch, kv_heads, splits, share, width, device=device),
+            stats=torch.zeros(batch, kv_heads, splits, share, 2, device=device),
+            arrived=torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """One layer's attention.
+
+    Args:
+        keys: bf16 [slots, KV, capacity, h], a view of the cache.
+        values: The same.
+        q_norm: bf16 [h], or None.
+        k_norm: bf16 [h], or None.
+        eps: Of these norms.
+        table: bf16 [P, h/2, 2].
+        place: int32 [H h], where the next linear wants each output; None: in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    table: Tensor
+    place: Tensor | None
+
+
+def attention(
+    layer: Layer,
+    qkv: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    scratch: Scratch,
+    *,
+    batch: int,
+    first_row: int,
+    context: int,
+    early: bool,
+) -> None:
+    """Attend from one new position per row, and keep its key and value.
+
+    Args:
+        layer: The layer.
+        qkv: float32 [rows, (H + 2 KV) h].
+        positions: int64 [B], or one element for all rows.
+        out: bf16 [rows, H h].
+        scratch: For as many splits as the context needs.
+        batch: B.
+        first_row: Row of qkv and out of the first slot.
+        context: Positions looked at, at most.
+        early: Whether the kernel may start before the one before it has ended.
+    """
+    kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
+    heads = out.shape[1] // width
+    splits = scratch.sums.shape[2]
+    assert num_splits(context) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
+    assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
+    nothing: Any = out
+    attention_kernel[(batch, kv_heads, num_splits(context))](
+        qkv,
+        nothing if layer.q_norm is None else layer.q_norm,
+        nothing if layer.k_norm is None else layer.k_norm,
+        layer.table,
+        positions,
+        layer.keys,
+        layer.values,
+        scratch.sums,
+        scratch.stats,
+        scratch.arrived,
+        nothing if layer.place is None else layer.place,
+        out,
+        first_row,
+        context - 1,
+        positions.stride(0) if len(positions) > 1 else 0,
+        layer.keys.stride(0),
+        layer.keys.stride(1),
+        layer.eps,
+        math.log2(math.e) / math.sqrt(width),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        WIDTH=width,
+        NORM=layer.q_norm is not None,
+        PLACED=layer.place is not None,
+        SPLITS=splits,
+        SHORT_=SHORT,
+        MEDIUM_=MEDIUM,
+        BLOCK=16 if context <= 16 else 64,
+        SINGLE=context <= 16,
+        DEVICE=not INTERPRETED,
+        num_warps=4,
+        **early_options(early),
+    )

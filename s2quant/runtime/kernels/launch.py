@@ -1,0 +1,44 @@
+# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
+# ruff: noqa: ANN201 (what Triton compiles has no types to write down)
+"""What all kernels share: starting before the kernel before has ended, and waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+
+@triton.jit
+def begin(DEVICE: tl.constexpr):
+    """Let the next kernel start, then wait for the one before: what it wrote may be read from here on."""
+    if DEVICE:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+INTERPRETED = not isinstance(begin, triton.JITFunction)  # TRITON_INTERPRET=1 when triton was imported
+
+
+def _knows_early() -> bool:
+    from triton.backends.nvidia.compiler import CUDAOptions  # type: ignore[import-untyped]
+
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__
+
+
+KNOWS_EARLY = not INTERPRETED and _knows_early()  # else kernels start one after the other
+
+
+def early_options(early: bool) -> dict[str, Any]:
+    """Give the launch options of a kernel that may start before the one before it has ended.
+
+    Args:
+        early: Whether it may.
+
+    Returns:
+        Options of a launch; none where Triton does not know how.
+    """
+    return {"launch_pdl": True} if early and KNOWS_EARLY else {}

@@ -1,0 +1,380 @@
+# mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
+# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+"""Linears of a few rows: every weight is read once, straight into the tensor cores, and the result is used at once.
+
+Legend: M rows of x, N outputs, K inputs, T threads, W warps; a tile is 16 outputs.
+
+A program has some tiles; its warps share the inputs, and add up through shared memory. What follows the product is
+done in place, so that no launch is spent on it (`Epilogue`):
+
+- "store": scaled by the row's reciprocal root mean square, if the input was not normalised yet.
+- "gate": silu(first) * second, of a tile that holds 8 outputs of each, written where the next linear wants it.
+- "residual": added to the hidden vector; the sum times the next norm's weight is written where the next linear wants
+  it, and its squares are summed per program, for the next linear to finish the norm. So a norm is no launch.
+
+The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter cannot run that; it runs `_plain`, which
+reads the same layout with ordinary operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from s2quant.runtime.kernels.launch import INTERPRETED, early_options
+from s2quant.runtime.kernels.ptx import COLUMNS, STEP, TILE, Body, Kind, ask, multiply, num_registers
+
+Epilogue = Literal["store", "gate", "residual"]
+MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
+
+
+@triton.jit
+def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.constexpr):
+    """Read [16, S] of a bf16 weight, or 8 rows of each of two."""
+    if GATED:
+        low = tl.load(weight + (row // 16 * 8 + row % 8)[:, None] * K + inputs[None, :])
+        high = tl.load(second + (row // 16 * 8 + row % 8)[:, None] * K + inputs[None, :])
+        values = tl.where((row % 16 < 8)[:, None], low, high)
+    else:
+        values = tl.load(weight + row[:, None] * K + inputs[None, :])
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr):
+    """Read [16, S] of a packed weight."""
+    steps = K // 128
+    tile = row // 16
+    high = row % 16 // 8
+    g = row % 8
+    step = inputs // 128
+    t = inputs % 32 // 8
+    word = ((tile[:, None] * steps + step[None, :]) * 2 + (inputs % 128 // 64)[None, :]) * 128
+    word += (g[:, None] * 4 + t[None, :]) * 4 + (inputs % 64 // 32 * 2 + inputs % 8 // 4)[None, :]
+    shift = 4 * (high[:, None] + 2 * (inputs % 4 // 2)[None, :]) + 16 * (inputs % 2)[None, :]
+    code = (tl.load(words + word) >> shift) & 15
+    scale = ((tile[:, None] * steps + step[None, :]) * 8 + g[:, None]) * (128 // GROUP)
+    scale = (scale + (inputs % 128 // GROUP)[None, :]) * 2 + high[:, None]
+    return (code - 8).to(tl.float32) * tl.load(scales + scale).to(tl.float32)
+
+
+@triton.jit
+def _plain(
+    weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr
+):
+    """Multiply a tile with 8 rows of x, float32 [16, 8], with nothing but Triton's own operations."""
+    total = tl.zeros((16, 8), tl.float32)
+    for start in range(0, K, 64):
+        inputs = start + tl.arange(0, 64)
+        if KIND == "w4":
+            values = _rows_of_w4(weight, second, row, inputs, K, GROUP)
+        else:
+            values = _rows_of_bf16(weight, second, row, inputs, K, GATED)
+        rows = tl.load(x + column[:, None] * K + inputs[None, :]).to(tl.float32)
+        total += tl.sum(values[:, None, :] * rows[None, :, :], axis=2)
+    return total
+
+
+def _name(compiled: Any) -> str:
+    """Name a compiled kernel so that a profile tells them apart."""
+    c = compiled.constants
+    return f"linear_{c['KIND']}_{c['EPILOGUE']}_k{c['K']}_c{c['COLS']}"
+
+
+@triton.jit(do_not_specialize=["num_rows"], repr=_name)
+def linear_kernel(
+    weight, second, x, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
+    ASK: tl.constexpr, ASK_OPERANDS: tl.constexpr, MULTIPLY: tl.constexpr, MULTIPLY_OPERANDS: tl.constexpr,
+    NUM_REGISTERS: tl.constexpr, PLAIN: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, K: tl.constexpr, TOTAL_STEPS: tl.constexpr, WARP_STEPS: tl.constexpr, WARPS: tl.constexpr,
+    TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
+    MAX_SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
+    first_tile = tl.program_id(0) * TILES
+    first_column = tl.program_id(1) * COLS * 8
+    if not PLAIN:
+        thread = tl.arange(0, 32 * WARPS)
+        lane = thread % 32
+        step = thread // 32 * WARP_STEPS
+        g = lane // 4
+        t = lane % 4
+        count = tl.minimum(tl.maximum(TOTAL_STEPS - step, 0), WARP_STEPS)
+        x_address = x.to(tl.int64) + ((first_column + g).to(tl.int64) * K + t * 8) * 2
+        if KIND == "w4":
+            at = (first_tile * TOTAL_STEPS + step).to(tl.int64)
+            w_address = weight.to(tl.int64) + at * 1024 + lane * 16
+            s_address = second.to(tl.int64) + (at * 8 + g) * (512 // GROUP)
+            x_address += step * 256
+        else:
+            row = (first_tile * (8 if GATED else 16) + g).to(tl.int64)
+            offset = (row * K + t * 8) * 2 + step * 128
+            w_address = weight.to(tl.int64) + offset
+            s_address = second.to(tl.int64) + offset
+            x_address += step * 128
+        loaded = tl.inline_asm_elementwise(
+            ASK, ASK_OPERANDS, [w_address, s_address, count], dtype=(tl.int32,) * NUM_REGISTERS,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    places = tl.arange(0, MAX_SQUARES)
+    if SCALED and COLS == 1:  # asked for before the loop, used after it
+        columns = first_column + tl.arange(0, 8)
+        inside = (columns < num_rows)[:, None] & (places < num_squares)[None, :]
+        squares = tl.load(squares_in + columns[:, None] * num_squares + places[None, :], inside, 0.0)
+    if not PLAIN:
+        sums = tl.inline_asm_elementwise(
+            MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count),
+            dtype=(tl.float32,) * (4 * TILES * COLS), is_pure=False, pack=1,
+        )  # fmt: skip
+    for c in tl.static_range(COLS):
+        column = first_column + c * 8 + tl.arange(0, 8)
+        real = column < num_rows
+        scale = tl.full((8,), 1.0, tl.float32)
+        if SCALED:
+            if COLS == 1:
+                scale = 1 / tl.sqrt(tl.sum(squares, axis=1) / K + eps)
+            else:
+                inside = real[:, None] & (places < num_squares)[None, :]
+                part = tl.load(squares_in + column[:, None] * num_squares + places[None, :], inside, 0.0)
+                scale = 1 / tl.sqrt(tl.sum(part, axis=1) / K + eps)
+        total = tl.zeros((8,), tl.float32)
+        for r in tl.static_range(TILES):
+            if PLAIN:
+                row = (first_tile + r) * 16 + tl.arange(0, 16)
+                y = _plain(weight, second, x, row, column, K, KIND, GROUP, GATED)
+            else:
+                low = tl.join(sums[4 * (r * COLS + c)], sums[4 * (r * COLS + c) + 1])
+                pairs = tl.join(low, tl.join(sums[4 * (r * COLS + c) + 2], sums[4 * (r * COLS + c) + 3]))
+                y = tl.sum(tl.reshape(pairs, (WARPS, 8, 4, 2, 2)), axis=0)  # g, t, column of two, half of the tile
+                y = tl.reshape(tl.permute(y, (3, 0, 1, 2)), (16, 8))
+            y *= scale[None, :]
+            if EPILOGUE == "gate":
+                first, other = tl.split(tl.permute(tl.reshape(y, (2, 8, 8)), (1, 2, 0)))
+                index = (first_tile + r) * 8 + tl.arange(0, 8)
+                y = first / (1 + tl.exp(-first)) * other
+            else:
+                index = (first_tile + r) * 16 + tl.arange(0, 16)
+            inside = (index < num_outputs)[:, None] & real[None, :]
+            if EPILOGUE == "residual":
+                where = column[None, :] * num_outputs + index[:, None]
+                y += tl.load(hidden + where, inside, 0.0)
+                tl.store(hidden + where, y, inside)
+                total += tl.sum(tl.where(inside, y * y, 0.0), axis=0)
+                y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)[:, None]
+            target = index
+            if PLACED:
+                target = tl.load(place + index, index < num_outputs, 0)
+            tl.store(out + column[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
+        if EPILOGUE == "residual":
+            tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How a linear is cut up.
+
+    Args:
+        warps: Warps of a program; they share the inputs.
+        tiles: Tiles of 16 outputs of a program.
+        depth: Steps of weights under way per warp.
+        columns: Groups of 8 rows of x that a program takes at most; more rows make more programs.
+    """
+
+    warps: int
+    tiles: int
+    depth: int
+    columns: int = MOST_COLUMNS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weight:
+    """A weight the kernel can read.
+
+    Args:
+        kind: "w4" or "bf16".
+        first: "w4": `PackedW4.words`; "bf16": [N, K].
+        second: "w4": `PackedW4.scales`; "bf16": the second weight of a gated pair, or None.
+        out_features: Outputs N, those of both weights of a gated pair.
+        in_features: K.
+        group_size: Inputs per scale; 32 for "bf16", where it means nothing.
+        gated: Whether a tile holds 8 outputs of each of two weights.
+    """
+
+    kind: Kind
+    first: Tensor
+    second: Tensor | None
+    out_features: int
+    in_features: int
+    group_size: int = 32
+    gated: bool = False
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of 16 outputs."""
+        return -(-self.out_features // TILE)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read per product."""
+        parts = [self.first] + ([] if self.second is None else [self.second])
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Then:
+    """What is done with a product.
+
+    Args:
+        epilogue: See the module.
+        out: [rows, outputs]: what is written; float32 or bfloat16.
+        place: int32 [outputs], where each output goes; None: in order.
+        squares_in: float32 [rows, S], partial sums of squares of the not yet normalised x; None: it needs no scale.
+        hidden: float32 [rows, outputs], the hidden vector, added to in place; "residual" only.
+        norm: [outputs], weight of the norm that follows; "residual" only.
+        squares_out: float32 [rows, programs], partial sums of squares of the new hidden vector; "residual" only.
+        eps: Of the norm before.
+    """
+
+    epilogue: Epilogue
+    out: Tensor
+    place: Tensor | None = None
+    squares_in: Tensor | None = None
+    hidden: Tensor | None = None
+    norm: Tensor | None = None
+    squares_out: Tensor | None = None
+    eps: float = 0.0
+
+
+def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
+    """Describe the inner loop of a linear.
+
+    Args:
+        weight: The weight.
+        shape: How it is cut up.
+        columns: Groups of 8 rows of x.
+
+    Returns:
+        The loop.
+    """
+    total = weight.in_features // STEP[weight.kind]
+    most = -(-total // shape.warps)
+    depth = min(shape.depth, most)
+    scales = weight.second if weight.kind == "w4" else None
+    return Body(
+        kind=weight.kind,
+        in_features=weight.in_features,
+        tiles=shape.tiles,
+        columns=columns,
+        depth=depth,
+        num_steps=most,
+        exact=total % shape.warps == 0 and most % depth == 0,
+        group_size=weight.group_size,
+        bf16_scales=scales is not None and scales.element_size() == 2 and "bfloat16" in str(scales.dtype),
+        gated=weight.gated and weight.kind == "bf16",
+    )
+
+
+def columns_for(num_rows: int) -> int:
+    """Choose how many groups of 8 rows a program takes.
+
+    Args:
+        num_rows: M.
+
+    Returns:
+        1, 2, 4 or 8.
+    """
+    groups = -(-num_rows // COLUMNS)
+    return min(MOST_COLUMNS, 1 << (groups - 1).bit_length())
+
+
+def padded_rows(num_rows: int) -> int:
+    """Say how many rows a buffer of x needs, so that whole programs may read it.
+
+    Args:
+        num_rows: M.
+
+    Returns:
+        M rounded up.
+    """
+    whole = COLUMNS * columns_for(num_rows)
+    return -(-num_rows // whole) * whole
+
+
+def linear(
+    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, early: bool = False, launch: bool = True
+) -> None:
+    """Multiply, and do what comes after.
+
+    Args:
+        weight: The weight.
+        x: bfloat16 [padded_rows(M) or more, K], contiguous, inputs in the weight's order; finite everywhere.
+        num_rows: M.
+        then: What is done with the product; its tensors have M rows or more.
+        shape: How to cut it up.
+        early: Whether the kernel may start before the one before it has ended (programmatic dependent launch).
+        launch: Whether to launch it, not only to compile it.
+    """
+    arguments = linear_arguments(weight, num_rows, then, shape)
+    columns = arguments["COLS"]
+    rows = -(-num_rows // (COLUMNS * columns))
+    assert x.shape[0] >= rows * COLUMNS * columns and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
+    # second rows of an ungated bf16 tile lie 8 rows below the first
+    second = weight.second if weight.second is not None else weight.first[8:]
+    grid = (weight.num_tiles // shape.tiles, rows)
+    values = (
+        *(weight.first, second, x, *_tensors(then, x), num_rows, then.out.shape[1]),
+        *(1 if then.squares_in is None else then.squares_in.shape[1], then.eps),
+    )
+    options = {**arguments, "num_warps": shape.warps, **early_options(early)}
+    if launch:
+        linear_kernel[grid](*values, **options)
+    else:
+        linear_kernel.warmup(*values, grid=grid, **options)
+
+
+def _tensors(then: Then, any_tensor: Tensor) -> list[Tensor]:
+    tensors = (then.place, then.squares_in, then.norm, then.hidden, then.out, then.squares_out)
+    return [any_tensor if tensor is None else tensor for tensor in tensors]
+
+
+def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) -> dict[str, Any]:
+    """Give the compile-time arguments of a linear.
+
+    Args:
+        weight: The weight.
+        num_rows: M.
+        then: What is done with the product.
+        shape: How it is cut up.
+
+    Returns:
+        The kernel's constants.
+    """
+    assert weight.num_tiles % shape.tiles == 0, (weight.num_tiles, shape)
+    columns = min(columns_for(num_rows), shape.columns)
+    body = body_of(weight, shape, columns)
+    squares = 1 if then.squares_in is None else then.squares_in.shape[1]
+    return {
+        "ASK": ask(body)[0],
+        "ASK_OPERANDS": ask(body)[1],
+        "MULTIPLY": multiply(body)[0],
+        "MULTIPLY_OPERANDS": multiply(body)[1],
+        "NUM_REGISTERS": num_registers(body),
+        "PLAIN": INTERPRETED,
+        "KIND": weight.kind,
+        "GROUP": weight.group_size,
+        "GATED": weight.gated,
+        "K": weight.in_features,
+        "TOTAL_STEPS": weight.in_features // STEP[weight.kind],
+        "WARP_STEPS": body.num_steps,
+        "WARPS": shape.warps,
+        "TILES": shape.tiles,
+        "COLS": columns,
+        "EPILOGUE": then.epilogue,
+        "SCALED": then.squares_in is not None,
+        "PLACED": then.place is not None,
+        "MAX_SQUARES": triton.next_power_of_2(squares),
+    }

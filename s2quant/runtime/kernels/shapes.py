@@ -1,0 +1,87 @@
+"""How each linear is cut up into programs, warps and steps: measured where it was, else by rule."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from s2quant.runtime.kernels.linear import Shape, Weight
+from s2quant.runtime.kernels.ptx import STEP
+
+Key = tuple[str, int, int, bool, int]
+"""kind, out_features, in_features, gated, groups of 8 rows."""
+
+TUNED: dict[Key, Shape] = {}
+
+
+def key_of(weight: Weight, columns: int) -> Key:
+    """Name a linear in the table.
+
+    Args:
+        weight: The weight.
+        columns: Groups of 8 rows that a program takes.
+
+    Returns:
+        The key.
+    """
+    return weight.kind, weight.out_features, weight.in_features, weight.gated, columns
+
+
+def shape_for(weight: Weight, columns: int) -> Shape:
+    """Choose how to cut a linear up.
+
+    Args:
+        weight: The weight.
+        columns: Groups of 8 rows that a program takes.
+
+    Returns:
+        The measured best, or the rule's: as many warps as leave each about five steps, all under way at once.
+    """
+    tuned = TUNED.get(key_of(weight, columns))
+    return rule(weight, columns) if tuned is None else tuned
+
+
+def rule(weight: Weight, columns: int) -> Shape:
+    """Cut a linear up by rule.
+
+    Args:
+        weight: The weight.
+        columns: Groups of 8 rows that a program takes.
+
+    Returns:
+        The shape.
+    """
+    steps = weight.in_features // STEP[weight.kind]
+    warps = 1
+    while warps < 16 and steps / warps > 5:
+        warps *= 2
+    most = -(-steps // warps)
+    wanted = 5 if columns <= 2 else 2
+    exact = [depth for depth in range(min(wanted, most), 1, -1) if most % depth == 0]
+    depth = exact[0] if exact else min(wanted, most)
+    tiles = 2 if columns >= 4 and weight.num_tiles % 2 == 0 else 1
+    return Shape(warps=warps, tiles=tiles, depth=depth, columns=columns)
+
+
+def candidates(weight: Weight, columns: int) -> list[Shape]:
+    """List the shapes worth trying.
+
+    Args:
+        weight: The weight.
+        columns: Groups of 8 rows that a program takes.
+
+    Returns:
+        The rule's first.
+    """
+    found = [rule(weight, columns)]
+    steps = weight.in_features // STEP[weight.kind]
+    widths = {columns, min(columns, 4)}
+    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 4, 5), sorted(widths)):
+        most = -(-steps // warps)
+        registers = tiles * (min(depth, most) * (12 if weight.kind == "w4" else 16) + 4 * width) + 12 * width
+        wasteful = most % depth and (depth < 4 or most < depth)
+        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= 200 or warps > steps:
+            continue
+        if (width >= 4 and tiles == 1) or (width <= 2 and tiles > 1 and weight.num_tiles < 512):
+            continue  # many rows of x: read them for several tiles; few rows: have many programs
+        found.append(Shape(warps=warps, tiles=tiles, depth=depth, columns=width))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,148 @@
+"""The "triton" backend of the quantized linears: our own kernels, for a Hopper GPU.
+
+Legend: M rows of x, N out_features, K in_features.
+
+Up to 64 rows read the nibbles as they are; more rows make a bf16 weight for a moment and multiply with that. Triton is
+imported when the first such linear is made: it is no dependency of a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s2quant.packing import QuantizedWeight
+from s2quant.runtime.kernels.layout import PackedW4, w4_obstacle
+from s2quant.runtime.linears import QuantizedLinear
+
+MOST_ROWS = 64  # of x that the kernel of few rows takes
+HOPPER = (9, 0)
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Say why the kernels cannot run on a device.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The reason, or None when they can; on a CPU they can where Triton interprets them.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # Triton's own switch
+        return f"no Triton kernels for {device.type}"
+    try:
+        from s2quant.runtime.kernels.launch import INTERPRETED
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if INTERPRETED:
+        return None
+    if torch.cuda.get_device_capability(device) < HOPPER:
+        return "a GPU older than Hopper (compute capability 9.0)"
+    return None
+
+
+def weight_obstacle(weight: QuantizedWeight) -> str | None:
+    """Say why the backend cannot take a weight.
+
+    Args:
+        weight: The quantized weight, on its device.
+
+    Returns:
+        The reason, or None when it can.
+    """
+    return w4_obstacle(weight) or triton_obstacle(weight.codes.device)
+
+
+class TritonLinear(QuantizedLinear):
+    """A 4-bit linear in the kernels' layout; what reads it in the graph of a frame is `s2quant.runtime.fused`.
+
+    Args:
+        packed: The weight.
+    """
+
+    words: Tensor
+    scales: Tensor
+    order: Tensor | None
+
+    def __init__(self, packed: PackedW4) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.out_features, packed.in_features
+        self.bits, self.group_size, self.backend = 4, packed.group_size, "triton"
+        for name in ("words", "scales", "order"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
+
+    @property
+    def packed(self) -> PackedW4:
+        """The weight as the kernels read it."""
+        return PackedW4(
+            words=self.words,
+            scales=self.scales,
+            order=self.order,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: [..., K], any floating dtype.
+
+        Returns:
+            [..., N] in x's dtype.
+        """
+        from s2quant.runtime.kernels.dequantize import dequantize_w4
+        from s2quant.runtime.kernels.linear import Then, Weight, columns_for, linear, padded_rows
+        from s2quant.runtime.kernels.shapes import shape_for
+
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        if self.order is not None:
+            rows = rows[:, self.order]
+        count = len(rows)
+        if count > MOST_ROWS:
+            out = F.linear(rows, dequantize_w4(self.packed))
+            return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        weight = Weight(
+            kind="w4",
+            first=self.words,
+            second=self.scales,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            group_size=self.group_size,
+        )
+        out = torch.empty(count, self.out_features, dtype=torch.bfloat16, device=x.device)
+        if count:
+            padded = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
+            shape = shape_for(weight, columns_for(count))
+            linear(weight, padded.contiguous(), count, Then(epilogue="store", out=out), shape)
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class PairedFeedForward(nn.Module):
+    """A SwiGLU feed-forward whose first two linears are one packed pair.
+
+    Args:
+        pair: w1 and w3, 8 outputs of each in turn.
+        w2: The third linear.
+    """
+
+    def __init__(self, pair: TritonLinear, w2: nn.Module) -> None:
+        super().__init__()
+        self.pair, self.w2 = pair, w2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward.
+
+        Args:
+            x: [..., D].
+
+        Returns:
+            [..., D] in x's dtype.
+        """
+        first, second = self.pair(x).unflatten(-1, (-1, 2, 8)).unbind(-2)
+        y: Tensor = self.w2(F.silu(first.flatten(-2)) * second.flatten(-2))
+        return y

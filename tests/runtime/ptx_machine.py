@@ -1,0 +1,147 @@
+"""A warp of 32 lanes that runs the few PTX instructions our inner loops are made of, so that a CPU can test them.
+
+What an instruction does is written from the PTX ISA (section "Matrix fragments for mma.m16n8k16", for `mma`).
+"""
+
+import re
+
+import numpy as np
+
+LANES = 32
+
+
+class Warp:
+    """Registers of 32 lanes over one block of memory.
+
+    Args:
+        memory: uint8, addresses count from its start.
+    """
+
+    def __init__(self, memory):
+        self.memory, self.registers, self.counts = memory, {}, {}
+
+    def run(self, text, operands):
+        """Run a block of PTX.
+
+        Args:
+            text: The block, with operands named $0, $1, ...
+            operands: Operand number to uint32, uint64 or float32 [32]; outputs are missing.
+
+        Returns:
+            Operand number to the value it was given.
+        """
+        self.registers = {f"${number}": value for number, value in operands.items()}
+        lines = [line.strip().rstrip(";") for line in re.split(r"[\n;]", text) if line.strip() not in ("", "{", "}")]
+        labels = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
+        at = 0
+        while at < len(lines):
+            line, active = lines[at], np.ones(LANES, dtype=bool)
+            at += 1
+            if line.endswith(":") or line.startswith(".reg"):
+                continue
+            guard = re.match(r"@(\w+) (.*)", line)
+            if guard:
+                active, line = self.registers[guard[1]], guard[2]
+            name, _, rest = line.partition(" ")
+            self.counts[name] = self.counts.get(name, 0) + 1
+            if name == "bra":
+                assert active.all() or not active.any(), "the lanes of a warp go the same way"
+                at = labels[rest] if active.all() else at
+                continue
+            arguments = [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", rest)] if rest else []
+            self.step(name, arguments, active)
+        return {int(key[1:]): value for key, value in self.registers.items() if key[0] == "$"}
+
+    def value(self, name):
+        if name in self.registers:
+            return self.registers[name]
+        if name.startswith("0f"):
+            return np.full(LANES, np.frombuffer(bytes.fromhex(name[2:])[::-1], np.float32)[0])
+        return np.full(LANES, int(name, 0) & 0xFFFFFFFF, dtype=np.uint32)
+
+    def step(self, name, arguments, active):
+        kind, *_ = name.split(".")
+        if kind == "griddepcontrol":
+            return
+        if kind == "ld":
+            self.load(arguments, active)
+        elif kind == "mma":
+            self.mma(*([part.strip() for part in group.strip("{}").split(",")] for group in arguments))
+        elif name == "mov.b32" and arguments[0].startswith("{"):
+            word = self.value(arguments[1])
+            low, high = arguments[0].strip("{}").split(",")
+            self.registers[low.strip()] = (word & 0xFFFF).astype(np.uint16)
+            self.registers[high.strip()] = (word >> 16).astype(np.uint16)
+        else:
+            target, *sources = arguments
+            values = [self.value(source) for source in sources]
+            self.registers[target] = self.compute(name, values)
+
+    @staticmethod
+    def compute(name, values):
+        first = values[0]
+        match name:
+            case "mov.f32":
+                return first.view(np.float32) if first.dtype == np.uint32 else first.copy()
+            case "mov.b32":
+                return first.view(np.uint32) if first.dtype == np.float32 else first.copy()
+            case "mov.b64":
+                return first.copy()
+            case "shr.u32":
+                return first >> values[1]
+            case "shl.b32":
+                return first << values[1]
+            case "and.b32":
+                return first & values[1]
+            case "lop3.b32":
+                assert values[3][0] == 0xEA  # (a & b) | c
+                return (first & values[1]) | values[2]
+            case "sub.s32":
+                return first - values[1]
+            case "add.s64":
+                return first + values[1].astype(np.uint64)
+            case "setp.gt.s32":
+                return first.view(np.int32) > values[1].view(np.int32)
+            case "fma.rn.f32":
+                first, *values = (value.view(np.float32) for value in values)
+                values.insert(0, first)
+                return (first.astype(np.float64) * values[1] + values[2]).astype(np.float32)
+            case "cvt.f32.f16":
+                return first.view(np.float16).astype(np.float32)
+        raise AssertionError(name)
+
+    def load(self, arguments, active):
+        target, where = arguments
+        targets = [part.strip() for part in target.strip("{}").split(",")]
+        base, _, offset = where.strip("[]").partition("+")
+        addresses = self.value(base) + np.uint64(int(offset or 0))
+        assert (addresses[active] % (4 * len(targets)) == 0).all(), "aligned"
+        for number, register in enumerate(targets):
+            old = self.registers.get(register, np.zeros(LANES, dtype=np.uint32)).copy()
+            for lane in np.flatnonzero(active):
+                start = int(addresses[lane]) + 4 * number
+                assert 0 <= start <= len(self.memory) - 4, "inside the memory"
+                old[lane] = self.memory[start : start + 4].view(np.uint32)[0]
+            self.registers[register] = old
+
+    def mma(self, d, a, b, c):
+        rows, columns = np.zeros((16, 16)), np.zeros((16, 8))
+        lane = np.arange(LANES)
+        g, t = lane // 4, lane % 4
+        for number, register in enumerate(a):
+            pair = _bf16_pair(self.value(register))
+            for half in range(2):
+                rows[g + 8 * (number % 2), 2 * t + half + 8 * (number // 2)] = pair[half]
+        for number, register in enumerate(b):
+            pair = _bf16_pair(self.value(register))
+            for half in range(2):
+                columns[2 * t + half + 8 * number, g] = pair[half]
+        product = rows @ columns
+        sums = [self.value(register) for register in c]
+        for number, register in enumerate(d):
+            found = product[g + 8 * (number // 2), 2 * t + number % 2]
+            self.registers[register] = (sums[number] + found).astype(np.float32)
+
+
+def _bf16_pair(word):
+    return (word << np.uint32(16)).view(np.float32), (word & np.uint32(0xFFFF0000)).view(np.float32)

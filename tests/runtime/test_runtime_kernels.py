@@ -1,0 +1,310 @@
+"""The Triton kernels against plain PyTorch: in Triton's interpreter here, compiled where there is a GPU.
+
+Whether triton interprets is decided when it is imported, so the tests of the interpreter run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import runtime_cases as cases
+import torch
+from torch.nn import functional as F
+
+from s2quant.layers import apply_rotary, rotary_table
+from s2quant.runtime.kernels.layout import pack_w4, pair_w4, unpack_w4
+from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic
+from s2quant.sampling import Sampling
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+DEVICE = "cpu" if INSIDE else "cuda"
+
+
+def kernel(test):
+    """Mark a test that runs in the interpreter's process, or on a GPU."""
+    if INSIDE:
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(not HAS_GPU, reason="needs a Hopper GPU, or the interpreter")(test))
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-5000:]
+    assert " passed" in found.stdout and "failed" not in found.stdout
+
+
+def relative(ours, exact):
+    return float((ours.double().cpu() - exact.double().cpu()).norm() / exact.double().cpu().norm())
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def weight_of(kind, out_features, in_features, gated, group_size=32):
+    """Give a kernel weight and the matrices it stands for, inputs in its order."""
+    from s2quant.runtime.kernels.linear import Weight
+
+    first, second = (cases.quantized_weight(out_features, in_features, group_size, seed=seed) for seed in (1, 2))
+    second = type(second)(**{**vars(second), "g_idx": first.g_idx})
+    packed = [pack_w4(part.to(DEVICE)) for part in (first, second)]
+    matrices = [unpack_w4(part) for part in packed][: 2 if gated else 1]
+    rows = out_features * (2 if gated else 1)
+    if kind == "w4":
+        whole = pair_w4(*packed) if gated else packed[0]
+        made = Weight(
+            kind="w4", first=whole.words, second=whole.scales, out_features=rows, in_features=in_features,
+            group_size=group_size, gated=gated,
+        )  # fmt: skip
+        return made, matrices
+    stored = [matrix.bfloat16() for matrix in matrices]
+    made = Weight(
+        kind="bf16", first=stored[0], second=stored[1] if gated else None, out_features=rows, in_features=in_features,
+        gated=gated,
+    )  # fmt: skip
+    return made, [matrix.float() for matrix in stored]
+
+
+def x_of(rows, in_features):
+    from s2quant.runtime.kernels.linear import padded_rows
+
+    x = torch.zeros(padded_rows(rows), in_features, dtype=torch.bfloat16)
+    x[:rows] = randn(rows, in_features, seed=rows)
+    return x.to(DEVICE)
+
+
+def shape_of(weight, rows, tiles=1, columns=8):
+    from s2quant.runtime.kernels.linear import Shape
+
+    return Shape(warps=2, tiles=tiles, depth=2, columns=columns)
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize(("rows", "tiles", "columns"), [(1, 1, 8), (3, 2, 8), (9, 1, 8), (17, 2, 2)])
+def test_a_product_is_stored_scaled(kind, rows, tiles, columns):
+    from s2quant.runtime.kernels.linear import Then, linear
+
+    weight, (matrix,) = weight_of(kind, 64, 256, False)
+    squares = (torch.rand(rows, 5) * 100).to(DEVICE)
+    out = poisoned(rows, 64)
+    then = Then(epilogue="store", out=out, squares_in=squares, eps=1e-6)
+    linear(weight, x_of(rows, 256), rows, then, shape_of(weight, rows, tiles, columns))
+    scale = (squares.double().sum(1) / 256 + 1e-6).rsqrt()[:, None]
+    assert relative(out, x_of(rows, 256)[:rows].double() @ matrix.double().T * scale) < 1e-5
+
+
+@kernel
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_larger_groups(group_size):
+    from s2quant.runtime.kernels.linear import Then, linear
+
+    weight, (matrix,) = weight_of("w4", 32, 256, False, group_size)
+    out = poisoned(2, 32)
+    linear(weight, x_of(2, 256), 2, Then(epilogue="store", out=out), shape_of(weight, 2))
+    assert relative(out, x_of(2, 256)[:2].double() @ matrix.double().T) < 1e-5
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
+    from s2quant.runtime.kernels.linear import Then, linear
+
+    rows, out_features = 3, 32
+    weight, (first, second) = weight_of(kind, out_features, 128, True)
+    place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
+    out = poisoned(rows, out_features, dtype=torch.bfloat16)
+    x = x_of(rows, 128)
+    linear(weight, x, rows, Then(epilogue="gate", out=out, place=place), shape_of(weight, rows, tiles))
+    wide = x[:rows].double()
+    assert relative(out[:, place.long()], F.silu(wide @ first.double().T) * (wide @ second.double().T)) < 6e-3
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "bf16"])
+def test_a_residual_prepares_the_next_norm(kind):
+    from s2quant.runtime.kernels.linear import Then, linear
+
+    rows, out_features = 2, 48
+    weight, (matrix,) = weight_of(kind, out_features, 256, False)
+    hidden, norm = randn(rows, out_features).to(DEVICE), randn(out_features, seed=1).bfloat16().to(DEVICE)
+    before, x = hidden.double(), x_of(rows, 256)
+    place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
+    out, squares = poisoned(rows, out_features, dtype=torch.bfloat16), poisoned(rows, 3)
+    then = Then(epilogue="residual", out=out, place=place, hidden=hidden, norm=norm, squares_out=squares)
+    linear(weight, x, rows, then, shape_of(weight, rows))
+    exact = before + x[:rows].double() @ matrix.double().T
+    assert relative(hidden, exact) < 1e-6
+    assert relative(squares.sum(1), exact.square().sum(1)) < 1e-6
+    assert relative(out[:, place.long()], exact * norm.double()) < 6e-3
+
+
+@kernel
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("positions", "capacity"), [([0, 5, 63], 64), ([64, 200, 130], 256), ([1100, 64, 1023], 2048), ([0, 9, 15], 16)]
+)
+def test_attention_over_what_is_live(norm, positions, capacity):
+    from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
+
+    heads, kv_heads, width, batch = 4, 2, 32, 3
+    qkv = randn(batch, (heads + 2 * kv_heads) * width)
+    keys, values = (randn(batch + 1, kv_heads, capacity, width, seed=n).bfloat16() for n in (1, 2))
+    norms = [randn(width, seed=n).bfloat16() for n in (3, 4)] if norm else [None, None]
+    place = torch.randperm(heads * width, generator=torch.Generator().manual_seed(3)).int()
+    table, where = rotary_table(capacity, width, 1e6), torch.tensor(positions)
+    ours = [tensor.clone().to(DEVICE) for tensor in (keys, values)]
+    layer = Layer(
+        keys=ours[0], values=ours[1], eps=1e-6, table=table.to(DEVICE), place=place.to(DEVICE),
+        q_norm=None if norms[0] is None else norms[0].to(DEVICE),
+        k_norm=None if norms[1] is None else norms[1].to(DEVICE),
+    )  # fmt: skip
+    out = poisoned(batch, heads * width, dtype=torch.bfloat16)
+    scratch = Scratch.make(batch, heads, kv_heads, width, num_splits(capacity), torch.device(DEVICE))
+    for _ in range(2):  # the second time on the scratch as the first left it
+        attention(
+            layer, qkv.to(DEVICE), where.to(DEVICE), out, scratch, batch=batch, first_row=0, context=capacity,
+            early=False,
+        )  # fmt: skip
+    q, k, v = qkv.view(batch, 1, -1, width).split([heads, kv_heads, kv_heads], dim=2)
+    if norm:
+        q, k = (F.rms_norm(x, (width,), w.float(), 1e-6) for x, w in zip((q, k), norms, strict=True))
+    q, k = apply_rotary(q, table[where][:, None]), apply_rotary(k, table[where][:, None])
+    for row, position in enumerate(positions):
+        keys[row, :, position], values[row, :, position] = k[row, 0].bfloat16(), v[row, 0].bfloat16()
+        live = [part[row, :, : position + 1].double().repeat_interleave(2, dim=0) for part in (keys, values)]
+        exact = F.scaled_dot_product_attention(q[row, 0, :, None].double(), *live)[:, 0].flatten()
+        assert relative(out[row][place.long().to(DEVICE)], exact) < 2e-2
+    for mine, theirs in zip(ours, (keys, values), strict=True):
+        torch.testing.assert_close(mine.cpu().float(), theirs.float(), atol=0.02, rtol=0.01)
+        assert torch.equal(mine[batch].cpu(), theirs[batch])
+    assert not scratch.arrived.any()
+
+
+SAMPLINGS = [
+    Sampling(temperature=0.8, top_p=0.8, top_k=30), Sampling(temperature=1.5, top_p=0.97, top_k=60),
+    Sampling(temperature=1e-6, top_p=0.9, top_k=5), Sampling(temperature=0.7, top_p=0.5, top_k=1),
+]  # fmt: skip
+
+
+def drawn_state(batch, candidates, size, kept=2, codebooks=3):
+    generator = torch.Generator().manual_seed(batch + candidates)
+    return {
+        "uniform": torch.rand(batch, kept, 2, candidates, generator=generator),
+        "uniform_fast": torch.rand(batch, kept, codebooks - 1, size, generator=generator),
+        "draws": torch.arange(batch) + 1,
+        "positions": torch.arange(batch) * 7,
+    }
+
+
+@kernel
+@pytest.mark.parametrize("last", [False, True])
+def test_the_residual_draw_is_the_sampler_s(last):
+    from s2quant.runtime.kernels import steps
+
+    batch, size, codebooks, dim = 8, 64, 3, 32
+    samplings = [SAMPLINGS[row % len(SAMPLINGS)] for row in range(batch)]
+    rows = SamplingRows.of(samplings, torch.device("cpu"))
+    state = drawn_state(batch, 10, size, codebooks=codebooks)
+    logits = 2 * randn(batch, size)
+    columns = torch.zeros(batch, 1 + codebooks, dtype=torch.int64, device=DEVICE)
+    first = torch.ones(batch, dtype=torch.bool, device=DEVICE)
+    moved = {name: tensor.clone().to(DEVICE) for name, tensor in state.items()}
+    embeddings, norm = randn(size, dim, seed=5).bfloat16(), randn(dim, seed=6).bfloat16()
+    place = torch.randperm(dim, generator=torch.Generator().manual_seed(7)).int().to(DEVICE)
+    hidden, out, squares = poisoned(batch, dim), poisoned(batch, dim, dtype=torch.bfloat16), poisoned(batch, 1)
+    steps.residual_kernel[(batch,)](
+        logits.to(DEVICE), moved["uniform_fast"], rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
+        rows.top_k.to(DEVICE), first, moved["draws"], moved["positions"], columns, embeddings.to(DEVICE),
+        norm.to(DEVICE), place, hidden, out, squares, 2,
+        R=size, BLOCK=64, KEPT=2, CODEBOOKS=codebooks, SMALLEST=steps.draw_arguments()["SMALLEST"], LAST=last,
+        D_BLOCK=32, **steps.vector_arguments(dim, place), **steps.options(False, 1),
+    )  # fmt: skip
+    noise = state["uniform_fast"][torch.arange(batch), state["draws"] % 2, 1]
+    wanted = draw(logits, rows, noise)
+    assert torch.equal(columns[:, 3].cpu(), wanted)
+    if last:
+        assert torch.equal(moved["positions"].cpu(), state["positions"] + 1) and not first.any()
+        assert torch.equal(moved["draws"].cpu(), state["draws"] + 1)
+        return
+    assert torch.equal(hidden.cpu(), embeddings[wanted].float()) and first.all()
+    assert relative(squares[:, 0], embeddings[wanted].double().square().sum(1)) < 1e-6
+    assert relative(out[:, place.long()], embeddings[wanted].double() * norm.double()) < 6e-3
+
+
+@kernel
+def test_the_semantic_draw_is_the_sampler_s():
+    from s2quant.runtime.kernels import steps
+
+    batch, semantic, codebooks, dim, kept = 24, 60, 3, 32, 2
+    samplings = [SAMPLINGS[row % len(SAMPLINGS)] for row in range(batch)]
+    ignored = [row % 3 == 0 for row in range(batch)]
+    rows = SamplingRows.of(samplings, torch.device("cpu"), ignored)
+    state = drawn_state(batch, semantic + 1, 8, kept, codebooks)
+    logits = 2 * randn(batch, semantic + 1)
+    logits[:, semantic] += 3
+    generator = torch.Generator().manual_seed(4)
+    windows = torch.randint(-1, semantic + 1, (batch, 10), generator=generator)
+    windows[::2] = logits[::2].topk(10).indices  # so that many draws are repetitions
+    first = torch.arange(batch) % 5 == 0
+    columns = torch.zeros(batch, 1 + codebooks, dtype=torch.int64, device=DEVICE)
+    slow, slow_norm, norm = randn(batch, dim, seed=1), randn(dim, seed=2).bfloat16(), randn(dim, seed=3).bfloat16()
+    embeddings = randn(semantic, dim, seed=5).bfloat16()
+    squares_in = slow.square().unflatten(1, (4, -1)).sum(-1)
+    hidden, out = poisoned(2 * batch, dim), poisoned(2 * batch, dim, dtype=torch.bfloat16)
+    squares, ours = poisoned(2 * batch, 1), windows.clone().to(DEVICE)
+    steps.semantic_kernel[(batch,)](
+        logits.to(DEVICE), state["uniform"].to(DEVICE), rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
+        rows.top_k.to(DEVICE), rows.ignore_end.to(DEVICE), ours, first.to(DEVICE), state["draws"].to(DEVICE), columns,
+        slow.to(DEVICE), squares_in.to(DEVICE), slow_norm.to(DEVICE), 1e-6, embeddings.to(DEVICE), norm.to(DEVICE),
+        norm.to(DEVICE), hidden, out, squares, 4, batch, 1000, 77,
+        C=semantic + 1, BLOCK=64, KEPT=kept, COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
+        **steps.draw_arguments(), **steps.vector_arguments(dim, None), **steps.options(False, 1),
+    )  # fmt: skip
+    noise = state["uniform"][torch.arange(batch), state["draws"] % kept]
+    window = windows.masked_fill(first[:, None], -1)
+    wanted = draw_semantic(logits, rows, noise, window, semantic)
+    plain = draw(logits.clone().masked_fill_(_end_of(ignored, semantic), float("-inf")), rows, noise[:, 0])
+    assert (wanted != plain).any() and (wanted == semantic).any()  # swaps and ends are among the cases
+    ended = wanted == semantic
+    assert torch.equal(columns[:, 0].cpu(), torch.where(ended, 77, wanted + 1000))
+    assert torch.equal(columns[:, 1].cpu(), wanted.masked_fill(ended, 0))
+    shifted = torch.cat([windows[:, 1:], wanted[:, None]], dim=1)
+    assert torch.equal(ours.cpu(), torch.where(first[:, None], windows, shifted))
+    normed = slow.double() * (slow.double().square().mean(1, keepdim=True) + 1e-6).rsqrt() * slow_norm.double()
+    assert relative(hidden[:batch], normed) < 1e-2
+    assert torch.equal(hidden[batch:].cpu(), embeddings[wanted.masked_fill(ended, 0)].float())
+    assert relative(out, hidden.double().cpu() * norm.double()) < 6e-3
+    assert relative(squares[:, 0], hidden.double().square().sum(1)) < 1e-6
+
+
+def _end_of(ignored, semantic):
+    return F.pad(torch.tensor(ignored)[:, None], (semantic, 0))
+
+
+@kernel
+def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows():
+    from s2quant.runtime.kernels.dequantize import dequantize_w4
+    from s2quant.runtime.linears import make_linear
+
+    weight = cases.quantized_weight(40, 128, seed=4).to(DEVICE)
+    packed = pack_w4(weight)
+    assert relative(dequantize_w4(packed), unpack_w4(packed)) < 6e-3
+    linear = make_linear(weight, torch.bfloat16, "triton")
+    assert linear.backend == "triton"
+    exact = weight.dequantize().double()
+    for rows in (0, 1, 5, 65):
+        x = randn(rows, 128, seed=rows).bfloat16().to(DEVICE)
+        y = linear(x[None])
+        assert y.shape == (1, rows, 40) and y.dtype == torch.bfloat16
+        assert rows == 0 or relative(y[0], x.double() @ exact.T) < 1e-2

@@ -1,0 +1,151 @@
+"""The generated inner loops, run instruction by instruction on a machine made for it, against plain PyTorch."""
+
+import numpy as np
+import pytest
+import runtime_cases as cases
+import torch
+from ptx_machine import LANES, Warp
+
+from s2quant.runtime.kernels.layout import pack_w4, pair_w4, unpack_w4, w4_obstacle
+from s2quant.runtime.kernels.ptx import STEP, Body, ask, multiply, num_registers
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().view(torch.uint8).flatten().numpy()
+
+
+def product(body, first, second, x, tile, steps_of, rows_apart):
+    """Add up what the warps of a program make of a tile: float32 [16 tiles, 8 columns]."""
+    parts = [bytes_of(first), bytes_of(second), bytes_of(x)]
+    starts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
+    memory = np.concatenate(parts)
+    lane = np.arange(LANES, dtype=np.uint64)
+    g, t = lane // np.uint64(4), lane % np.uint64(4)
+    total = np.zeros((16 * body.tiles, 8 * body.columns), dtype=np.float64)
+    all_steps = body.in_features // STEP[body.kind]
+    for start in range(0, all_steps, steps_of):
+        if body.kind == "w4":
+            at = tile * all_steps + start
+            weight = starts[0] + at * 1024 + lane * np.uint64(16)
+            other = starts[1] + (at * 8 + g) * np.uint64(4 * (128 // body.group_size))
+        else:
+            offset = (tile * (8 if body.gated else 16) + g) * np.uint64(2 * body.in_features) + t * np.uint64(16)
+            weight = starts[0] + offset + np.uint64(128 * start)
+            other = (starts[1] if body.gated else rows_apart) + offset + np.uint64(128 * start)
+        inputs = starts[2] + (g * np.uint64(body.in_features) + t * np.uint64(8)) * np.uint64(2)
+        inputs = inputs + np.uint64(2 * STEP[body.kind] * start)
+        steps = np.full(LANES, min(steps_of, all_steps - start), dtype=np.uint32)
+        warp, count = Warp(memory), num_registers(body)
+        asked = warp.run(ask(body)[0], {count: weight, count + 1: other, count + 2: steps})
+        sums = body.num_outputs
+        given = {sums + number: asked[number] for number in range(count)}
+        given |= {sums + count: weight, sums + count + 1: other, sums + count + 2: inputs, sums + count + 3: steps}
+        result = warp.run(multiply(body)[0], given)
+        for number in range(sums):
+            r, c, part = number // (4 * body.columns), number // 4 % body.columns, number % 4
+            rows = 16 * r + lane.astype(int) // 4 + 8 * (part // 2)
+            columns = 8 * c + 2 * (lane.astype(int) % 4) + part % 2
+            np.add.at(total, (rows, columns), result[number].astype(np.float64))
+    return torch.from_numpy(total)
+
+
+def wanted_steps(in_features, kind, warps):
+    return -(-in_features // STEP[kind] // warps)
+
+
+def x_of(columns, in_features, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8 * columns, in_features, generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("in_features", "warps", "depth", "tiles", "columns"),
+    [(256, 1, 2, 1, 1), (384, 1, 2, 1, 1), (640, 2, 2, 1, 2), (512, 2, 1, 2, 1), (256, 1, 2, 2, 4), (640, 1, 5, 1, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_weights(group_size, in_features, warps, depth, tiles, columns, dtype):
+    weight = cases.quantized_weight(16 * (tiles + 1), in_features, group_size, seed=in_features)
+    packed = pack_w4(weight)
+    steps = wanted_steps(in_features, "w4", warps)
+    body = Body(
+        kind="w4", in_features=in_features, tiles=tiles, columns=columns, depth=depth, num_steps=steps,
+        exact=in_features // 128 % warps == 0 and steps % depth == 0, group_size=group_size,
+        bf16_scales=dtype == torch.bfloat16,
+    )  # fmt: skip
+    scales = packed.scales.to(dtype)
+    x = x_of(columns, in_features)
+    ours = product(body, packed.words, scales, x, 1, steps, 0)
+    matrix = unpack_w4(type(packed)(**{**vars(packed), "scales": scales}))[16:]
+    exact = matrix.double() @ x.double().T
+    assert (ours - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("in_features", "warps", "depth", "tiles", "columns", "gated"),
+    [(128, 1, 2, 1, 1, False), (320, 2, 2, 1, 1, True), (256, 2, 1, 2, 2, False), (192, 1, 2, 2, 4, True)],
+)
+def test_bf16_weights(in_features, warps, depth, tiles, columns, gated):
+    generator = torch.Generator().manual_seed(in_features)
+    rows = 16 * (tiles + 1)
+    first, second = (torch.randn(rows, in_features, generator=generator).bfloat16() for _ in range(2))
+    steps = wanted_steps(in_features, "bf16", warps)
+    body = Body(
+        kind="bf16", in_features=in_features, tiles=tiles, columns=columns, depth=depth, num_steps=steps,
+        exact=in_features // 64 % warps == 0 and steps % depth == 0, gated=gated,
+    )  # fmt: skip
+    x = x_of(columns, in_features)
+    ours = product(body, first, second, x, 1, steps, 16 * in_features)
+    if gated:
+        pair = torch.stack([first.unflatten(0, (-1, 8)), second.unflatten(0, (-1, 8))], dim=1)
+        exact = pair[1 : 1 + tiles].flatten(0, 2).double() @ x.double().T
+    else:
+        exact = first[16:].double() @ x.double().T
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_weights_are_asked_for_before_the_kernel_before_is_waited_for():
+    for kind in STEP:
+        body = Body(kind=kind, in_features=640, num_steps=5, depth=5)
+        lines = ask(body)[0].splitlines()
+        loads = [number for number, line in enumerate(lines) if line.startswith("ld.")]
+        assert len(loads) == {"w4": 15, "bf16": 20}[kind]
+        assert max(loads) < lines.index("griddepcontrol.wait;")
+        assert not any(".nc" in line for line in lines)  # ptxas moves those behind the wait
+        assert any(line.startswith("ld.global.v4") for line in multiply(body)[0].splitlines())  # x
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "group_size"), [(48, 256, 32), (40, 384, 128), (64, 128, 64)])
+def test_the_layout_holds_the_weight(out_features, in_features, group_size):
+    weight = cases.quantized_weight(out_features, in_features, group_size, seed=3)
+    packed = pack_w4(weight)
+    assert torch.equal(unpack_w4(packed), weight.dequantize()[:, packed.order])
+    inverse = torch.empty_like(packed.order)
+    inverse[packed.order] = torch.arange(in_features)
+    assert torch.equal(packed.place.long(), inverse)
+
+
+def test_natural_order_needs_no_gather():
+    packed = pack_w4(cases.quantized_weight(16, 128, shuffled=False))
+    assert packed.order is None and packed.place is None
+
+
+@pytest.mark.parametrize("out_features", [8, 24, 32])
+def test_a_pair_holds_eight_outputs_of_each(out_features):
+    first, second = (cases.quantized_weight(out_features, 256, seed=seed) for seed in (1, 2))
+    second = type(second)(**{**vars(second), "g_idx": first.g_idx})
+    both = [pack_w4(weight) for weight in (first, second)]
+    pair = unpack_w4(pair_w4(*both)).unflatten(0, (-1, 2, 8))
+    for part, one in zip(pair.unbind(1), both, strict=True):
+        assert torch.equal(part.flatten(0, 1), unpack_w4(one))
+
+
+def test_what_the_layout_cannot_hold_is_named():
+    for weight, reason in (
+        (cases.quantized_weight(16, 192), "192 inputs, not a multiple of 128"),
+        (cases.quantized_weight(16, 256, bits=8), "8 bits, not 4"),
+        (cases.quantized_weight(16, 256, group_size=256), "group size 256, not 32, 64 or 128"),
+        (cases.quantized_weight(12, 256), "12 outputs, not a multiple of 8"),
+    ):
+        assert w4_obstacle(weight) == reason
+    assert w4_obstacle(cases.quantized_weight(16, 256)) is None

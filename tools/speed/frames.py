@@ -1,0 +1,249 @@
+"""Whole frames at the real size: random weights on the device, W4A16 as the release recipe has it, both decoders."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2quant.checkpoint.config import S2Config
+from s2quant.checkpoint.layout import expected_tensors
+from s2quant.export.random import random_tensor
+from s2quant.model import DualAR, module_name
+from s2quant.packing import QuantizedWeight
+from s2quant.quantize.plan import make_plan
+from s2quant.quantize.rtn import rtn_quantize
+from s2quant.recipe import load_recipe
+from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.linears import make_linear
+from s2quant.runtime.load import set_module
+from s2quant.sampling import Sampling
+from tools.speed.timing import replayed
+
+FRAME_S = 2048 / 44100
+
+
+def random_model(config: S2Config, device: torch.device) -> DualAR:
+    """Make the bf16 model of a random checkpoint, without the checkpoint."""
+    with torch.device("meta"):
+        model = DualAR(config)
+    for spec in expected_tensors(config).values():
+        owner, _, parameter = module_name(spec.name).rpartition(".")
+        weight = random_tensor(spec, config, 0, str(device)).to(torch.bfloat16)
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def shared_copy(model: DualAR, dtype: torch.dtype | None = None) -> DualAR:
+    """Make a second model with the same tensors, or copies in another dtype; its modules may be replaced."""
+    with torch.device("meta"):
+        twin = DualAR(model.config)
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        tensor = parameter if dtype is None else nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        setattr(twin.get_submodule(owner), last, tensor)
+    return twin.eval()
+
+
+def quantized_model(model: DualAR, recipe: Path, backend: str, device: torch.device) -> tuple[DualAR, dict[str, int]]:
+    """Quantize by rounding to nearest on the device, with random act orders that w1 and w3 share."""
+    plan = make_plan(load_recipe(recipe), model.config)
+    twin, orders, count = shared_copy(model), {}, {"quantized": 0, "dense": 0}
+    for planned in plan.modules:
+        name = module_name(planned.name)
+        if planned.kind != "linear":
+            continue
+        if planned.settings is None:
+            count["dense"] += 1
+            continue
+        weight = model.get_submodule(name).weight
+        size = weight.shape[1]
+        key = name.replace(".w3", ".w1")
+        order = orders.setdefault(key, torch.randperm(size, device=device))
+        plain, _ = rtn_quantize(weight[:, order].float(), planned.settings, name)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(size, device=device)
+        quantized = QuantizedWeight(
+            **{**vars(plain), "codes": plain.codes[:, inverse].contiguous(), "g_idx": plain.g_idx[inverse].contiguous()}
+        )
+        set_module(twin, name, make_linear(quantized, torch.bfloat16, backend))  # type: ignore[arg-type]
+        count["quantized"] += 1
+    return twin, count
+
+
+def seated(
+    model: DualAR, batch: int, position: int, residual: int, *, fused: bool | None, graphs: bool | None
+) -> FastDecoder:
+    """Make a decoder whose slots all stand at a position, with random keys and values before it."""
+    decoder = FastDecoder(model, batch, position + 1, residual, graphs=graphs, fused=fused)
+    generator = torch.Generator(decoder.device).manual_seed(1)
+    decoder.cache.keys.normal_(generator=generator)
+    decoder.cache.values.normal_(generator=generator)
+    for slot in range(batch):
+        seed = torch.Generator(decoder.device).manual_seed(slot)
+        decoder.seat(slot, seed, Sampling(), ignore_end=True)
+        column = random_column(model.config, slot, decoder.device)
+        decoder.state.columns[slot] = column
+        decoder.positions[slot] = position
+    decoder.state.positions.fill_(position)
+    return decoder
+
+
+def random_column(config: S2Config, seed: int, device: torch.device) -> Tensor:
+    """Draw a frame, int64 [1+N]."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    codes = torch.randint(0, min(1024, config.codebook_size), (config.num_codebooks,), generator=generator)
+    return torch.cat([codes[:1] + config.semantic_begin_id, codes]).to(device)
+
+
+def frame_times(model: DualAR, batch: int, position: int, residual: int, fused: bool | None) -> dict[str, Any]:
+    """Time frames of one batch size: replayed alone, and as the engine asks for them."""
+    cuda = next(model.parameters()).device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    decoder = seated(model, batch, position, residual, fused=fused, graphs=None)
+    decoder.launch(batch).columns()
+    ready_s = time.perf_counter() - started
+    if cuda:
+        graph = next(iter(decoder._graphs.values()))
+        frame_s = replayed(graph, 20)
+    count = 24 if cuda else 1
+    decoder.state.positions.fill_(position)
+    decoder.positions = [position] * batch
+    started = time.perf_counter()
+    reads = [decoder.launch(batch)]
+    for _ in range(count):
+        reads.append(decoder.launch(batch))
+        reads.pop(0).columns()
+    reads.pop(0).columns()
+    loop_s = (time.perf_counter() - started) / (count + 1)
+    if not cuda:
+        frame_s = loop_s
+    return {
+        "batch": batch,
+        "fused": decoder.fused_obstacle is None and decoder._fused is not None,
+        "ready_s": ready_s,
+        "ms": 1e3 * frame_s,
+        "ms_loop": 1e3 * loop_s,
+        "audio_s_per_s": batch * FRAME_S / frame_s,
+        "audio_s_per_s_loop": batch * FRAME_S / loop_s,
+        "rtf": frame_s / FRAME_S,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+
+
+# ---- exactness ------------------------------------------------------------------------------------------------
+
+
+def forced_tokens(config: S2Config, prompt: int, frames: int) -> Tensor:
+    """Draw a text and frames, int64 [1+N, T]."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.zeros(1 + config.num_codebooks, prompt + frames, dtype=torch.int64)
+    tokens[0, :prompt] = torch.randint(0, min(1000, config.semantic_begin_id), (prompt,), generator=generator)
+    columns = [random_column(config, number, torch.device("cpu")) for number in range(frames)]
+    tokens[:, prompt:] = torch.stack(columns, dim=1)
+    return tokens
+
+
+@torch.inference_mode()
+def plain_logits(model: DualAR, tokens: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """Feed the plain decoder; float32 logits [F, C] and the hidden vectors [F, D] they come from."""
+    device = next(model.parameters()).device
+    decoder = Decoder(model, 1, tokens.shape[1], 1024)
+    hidden = [decoder.prefill(0, tokens[:, :prompt])]
+    for position in range(prompt, tokens.shape[1] - 1):
+        hidden.append(decoder.step(tokens[:, position][None].to(device), [position]))
+    stacked = torch.cat(hidden)
+    return model.slow.constrained_logits(stacked).float(), stacked
+
+
+@torch.inference_mode()
+def fused_logits(model: DualAR, tokens: Tensor, prompt: int, residual: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Feed the fused decoder; float32 logits [F, C], columns drawn [F, 1+N], logits of the last codebook [F, R]."""
+    decoder = FastDecoder(model, 1, tokens.shape[1], residual, graphs=None, fused=True)
+    decoder.seat(0, torch.Generator(decoder.device).manual_seed(3), Sampling(), ignore_end=False)
+    decoder.begin(0, tokens[:, :prompt], 0)
+    fused = decoder._fused
+    assert fused is not None
+    logits, drawn, last = [], [], []
+    for position in range(prompt, tokens.shape[1]):
+        read = decoder.launch(1)
+        logits.append(fused.logits[:1].clone())
+        last.append(fused.fast_logits[:1].clone())
+        drawn.append(read.columns())
+        decoder.state.columns[:1] = tokens[:, position].to(decoder.device)
+    return torch.cat(logits), torch.cat(drawn), torch.cat(last)
+
+
+@torch.inference_mode()
+def fast_last_logits(model: DualAR, hidden: Tensor, codes: Tensor, residual: int) -> Tensor:
+    """Score the last code of whole frames with the plain Fast AR, float32 [F, R]."""
+    return model.fast(hidden, codes)[:, -1, :residual].float()
+
+
+def exactness(models: dict[str, DualAR], prompt: int, frames: int, residual: int) -> dict[str, Any]:
+    """Compare, over forced frames, the fused bf16 frame and the plain bf16 decoder with float32."""
+    model = models["bf16"]
+    tokens = forced_tokens(model.config, prompt, frames)
+    wide = shared_copy(model, torch.float32)
+    exact, exact_hidden = plain_logits(wide, tokens, prompt)
+    plain, plain_hidden = plain_logits(model, tokens, prompt)
+    fused, drawn, last = fused_logits(model, tokens, prompt, residual)
+    codes = drawn[:, 1:].to(fused.device)
+    fast_exact = fast_last_logits(wide, exact_hidden, codes, residual)
+    fast_plain = fast_last_logits(model, plain_hidden, codes, residual)
+    found = {
+        "frames": frames,
+        "slow": _compared(exact, plain, fused),
+        "last_codebook": _compared(fast_exact, fast_plain, last),
+    }
+    del wide
+    if "w4a16" in models:
+        packed = models["w4a16"]
+        plain_packed, _ = plain_logits(packed, tokens, prompt)
+        fused_packed, _, _ = fused_logits(packed, tokens, prompt, residual)
+        found["w4a16_fused_vs_plain"] = _compared(plain_packed, plain_packed, fused_packed)
+    return found
+
+
+def _compared(exact: Tensor, plain: Tensor, fused: Tensor) -> dict[str, float]:
+    def error(logits: Tensor) -> float:
+        return float((logits - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    def agreement(a: Tensor, b: Tensor) -> float:
+        return float((a.argmax(-1) == b.argmax(-1)).float().mean())
+
+    return {
+        "error_plain": error(plain),
+        "error_fused": error(fused),
+        "worst_plain": float((plain - exact).abs().max()),
+        "worst_fused": float((fused - exact).abs().max()),
+        "argmax_plain": agreement(plain, exact),
+        "argmax_fused": agreement(fused, exact),
+        "argmax_fused_plain": agreement(fused, plain),
+    }
+
+
+def graph_is_eager(model: DualAR, batch: int, position: int, residual: int, frames: int) -> dict[str, Any]:
+    """Draw the same frames with and without a graph, and one row alone: how many columns differ."""
+    drawn = []
+    for graphs in (False, None):
+        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs)
+        drawn.append(torch.stack([decoder.launch(batch).columns() for _ in range(frames)]))
+    alone = seated(model, 1, position, residual, fused=True, graphs=None)
+    keys = seated(model, batch, position, residual, fused=False, graphs=False)
+    alone.cache.keys[:, :1], alone.cache.values[:, :1] = keys.cache.keys[:, :1], keys.cache.values[:, :1]
+    single = torch.stack([alone.launch(1).columns() for _ in range(frames)])
+    return {
+        "batch": batch,
+        "columns": math.prod(drawn[0].shape[:2]),
+        "differ_graph_eager": int((drawn[0] != drawn[1]).any(-1).sum()),
+        "differ_alone": int((drawn[1][:, :1] != single).any(-1).sum()),
+        "alone_of": frames,
+    }
