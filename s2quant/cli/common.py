@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LINEARS = ("auto", "reference", "int4", "triton")  # see s2quant.runtime.linears, which imports torch
+
 
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """Add `--quiet` to a command."""
