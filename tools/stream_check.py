@@ -131,7 +131,7 @@ def quantized(check: Check, folder: Path) -> None:
 
 def tests(check: Check) -> dict[str, Any]:
     """Run the tests that need a GPU."""
-    return check.run("tests", ["-m", "pytest", "-q", "-x", "tests/runtime/test_runtime_gpu.py"])
+    return check.run("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/runtime/test_runtime_gpu.py"])
 
 
 def load(check: Check) -> dict[str, Any]:
