@@ -27,6 +27,24 @@ class UserError(S2QuantError):
         super().__init__(f"got: {got}\nexpected: {expected}\ndo: {todo}")
 
 
+class OutOfMemory(UserError):
+    """There is not enough memory, on the host or on a device."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell a lack of memory, on the CPU or on a GPU, from other errors; torch is not imported for that.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Whether it is one.
+    """
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's
+    return isinstance(error, MemoryError) or named or any(text in str(error) for text in texts)
+
+
 class VerificationError(S2QuantError):
     """A finished artefact does not hold what it should.
 

@@ -22,6 +22,12 @@ RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
 TEXT = "Hello there."
 
 
+@pytest.fixture(autouse=True)
+def voice_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep voices away from the user's own cache, and from the folder whose content is compared."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def work(tmp_path: Path, tiny_folder: Path) -> Path:
     """A folder with a copy of the tiny checkpoint as `model` and of its recipe as `recipes/recipe.yaml`."""

@@ -399,3 +399,10 @@ def test_interrupted_then_resumed(tiny_folder: Path, tiny_quantized: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / SINGLE).read_bytes() == (tiny_quantized / SINGLE).read_bytes()
     assert inspect_folder(out).faults == ()
+
+
+def test_the_words_for_linears_are_the_runtime_s() -> None:
+    from s2quant.cli.common import LINEARS
+    from s2quant.runtime.linears import BACKENDS
+
+    assert LINEARS == BACKENDS

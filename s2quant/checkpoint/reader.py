@@ -297,9 +297,35 @@ class Checkpoint:
             self._shards[file] = safe_open(self.folder / file, framework="pt")
         return self._shards[file].get_tensor(name).to(device)
 
-    def close(self) -> None:
-        """Let go of the files, and of their pages in memory; they are opened again when they are needed."""
-        self._shards.clear()
+    def _passing(self, name: str, device: torch.device | str) -> Tensor:
+        """Read a tensor that is soon let go, through a mapping that goes with it and not with the whole shard."""
+        with safe_open(self.folder / self.entries[name].file, framework="pt") as shard:
+            return shard.get_tensor(name).to(device)
+
+    def close(self, file: str | None = None) -> None:
+        """Let go of files, and of their pages in memory; they are opened again when they are needed.
+
+        Args:
+            file: A shard's name; None means all.
+        """
+        if file is None:
+            self._shards.clear()
+        else:
+            self._shards.pop(file, None)
+
+    def keys(self, module: str) -> list[str]:
+        """List the tensors that a module has on disk.
+
+        Args:
+            module: Module name on disk.
+
+        Returns:
+            Their names: keys of `entries`.
+        """
+        info = self.modules[module]
+        if info.kind == "bias":
+            return [module]
+        return [f"{module}.{part}" for part in (PACKED if info.bits is not None else ("weight",))]
 
     def weight(self, module: str, device: torch.device | str = "cpu") -> Tensor | QuantizedWeight:
         """Read one module's weight.
@@ -317,14 +343,14 @@ class Checkpoint:
         info = self.modules[module]
         if info.bits is None:
             weight = self.tensor(module if info.kind == "bias" else f"{module}.weight", device)
-            if not bool(torch.isfinite(weight).all()):
+            if not _is_finite(weight):
                 bad = int((~torch.isfinite(weight)).sum())
                 raise UserError(
                     f"{module} has {bad} NaN or infinite weights", "finite weights", "get the checkpoint again"
                 )
             return weight
         assert info.group_size is not None
-        packed = {part: self.tensor(f"{module}.{part}", device) for part in PACKED}
+        packed = {part: self._passing(f"{module}.{part}", device) for part in PACKED}
         return unpack(packed, bits=info.bits, group_size=info.group_size, name=module)
 
     def dense(self, module: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -356,6 +382,12 @@ class Checkpoint:
             The modules.
         """
         yield from (module for name, module in self.modules.items() if name.startswith(prefix))
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Tell whether there is neither NaN nor infinity, without memory of the weight's size."""
+    low, high = torch.aminmax(weight)  # NaN if any is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:

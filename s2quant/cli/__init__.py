@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from s2quant import __version__
 from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, search, sensitivity, speak
-from s2quant.errors import UserError, VerificationError
+from s2quant.errors import UserError, VerificationError, is_out_of_memory
 
 COMMANDS = (
     quantize,
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(options, f"{error.filename or 'the system'}: {error.strerror or error}", "a file that can be used")
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error) or "out of memory").splitlines()[0]
         return _fail(options, reason, "enough memory", "close other programs, use a larger machine, or ask for less")
@@ -69,12 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(options: argparse.Namespace, got: str, expected: str, todo: str = "check the path and its rights") -> int:
     print(f"s2quant {options.command}: error\n{UserError(got, expected, todo)}", file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell a lack of memory, on the CPU or on a GPU, from other errors; torch is not imported for that."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _resume_hint(options: argparse.Namespace) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import add_quiet, progress
+from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, progress
 from s2quant.errors import UserError
+
+if TYPE_CHECKING:
+    from s2quant.evaluate.upstream import Upstream
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all."
 
@@ -27,10 +30,26 @@ def add(commands: Any) -> None:
     command.add_argument("--text", default=TEXT, help="what every utterance says")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
-    command.add_argument("--linears", choices=("auto", "reference", "int4"), default="auto", help="quantized linears")
+    command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument(
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
     )
+    command.add_argument(
+        "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
+    )
+    command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
+    command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")
+    command.add_argument(
+        "--against", type=Path, metavar="PATH",
+        help="a fish-speech checkout, timed beside us on the first --model in a process of its own",
+    )  # fmt: skip
+    command.add_argument(
+        "--against-mode", choices=("eager", "compiled", "both"), default="compiled", help="how its frame runs"
+    )
+    command.add_argument(
+        "--against-positions", type=int, default=4096, metavar="N", help="what its caches hold (its own default: all)"
+    )
+    add_memory_limit(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="a new folder for bench.json, bench.md, bench.svg")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
@@ -45,13 +64,20 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         check_new(options.out)
+    if (options.voice is None) != (options.voice_text is None):
+        raise UserError("--voice or --voice-text alone", "a recording and what is said in it", "give both")
     with progress(options.quiet) as report:
         result = measure_speed(
             _arms(options.model),
             text=options.text,
             num_frames=options.frames,
             repeats=options.repeats,
-            batch_sizes=_batch_sizes(options.batch),
+            batch_sizes=_numbers("--batch", options.batch),
+            memory_limit_gb=options.memory_limit,
+            low_memory=options.low_memory,
+            against=_upstream(options),
+            streams=_numbers("--streams", options.streams) if options.streams else (),
+            voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
             dtype=DTYPES[options.dtype],
             linears=options.linears,
@@ -79,8 +105,19 @@ def _arms(folders: list[Path]) -> dict[str, Path]:
     return dict(zip(names, folders, strict=True))
 
 
-def _batch_sizes(text: str) -> list[int]:
+def _upstream(options: argparse.Namespace) -> Upstream | None:
+    from s2quant.evaluate.upstream import MODES, Upstream
+
+    if options.against is None:
+        return None
+    modes = tuple(mode for mode in MODES if options.against_mode in (mode, "both"))
+    return Upstream(checkout=options.against, modes=modes, positions=options.against_positions)
+
+
+def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--batch {text!r}", "numbers with commas between them", "for example --batch 1,8") from error
+        raise UserError(
+            f"{option} {text!r}", "numbers with commas between them", f"for example {option} 1,8"
+        ) from error

@@ -6,11 +6,43 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+LINEARS = ("auto", "reference", "int4", "triton")  # see s2quant.runtime.linears, which imports torch
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:
     """Add `--quiet` to a command."""
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_voice_cache(command: argparse.ArgumentParser) -> None:
+    """Add `--voice-cache` and `--no-voice-cache` to a command."""
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--voice-cache", type=Path, metavar="DIR",
+        help="where the codes of recordings are kept; else s2quant in XDG_CACHE_HOME or the platform's cache folder",
+    )  # fmt: skip
+    where.add_argument("--no-voice-cache", action="store_true", help="encode recordings anew and keep nothing")
+
+
+def add_memory_limit(command: argparse.ArgumentParser) -> None:
+    """Add `--memory-limit` and `--low-memory` to a command."""
+    command.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="of the GPU's memory, in 10^9 bytes, take no more than this"
+    )
+    command.add_argument(
+        "--low-memory", action="store_true", help="keep what only encodes recordings, half of the codec, on the host"
+    )
+
+
+def voice_cache(options: argparse.Namespace) -> Path | None:
+    """Give the folder that `add_voice_cache`'s words name, or None."""
+    from s2quant.runtime.voices import default_voice_folder
+
+    if options.no_voice_cache:
+        return None
+    return options.voice_cache if options.voice_cache is not None else default_voice_folder()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet
+from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, add_voice_cache, voice_cache
 from s2quant.errors import UserError
 
 
@@ -21,13 +21,15 @@ def add(commands: Any) -> None:
     command.add_argument("--out", required=True, metavar="FILE", help="a wav file; - writes raw 16-bit PCM to stdout")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the model")
-    command.add_argument("--linears", choices=("auto", "reference", "int4"), default="auto", help="quantized linears")
+    command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument(
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
     )
     voices = command.add_argument_group("voices, repeatable, in the order of the speakers")
     voices.add_argument("--voice", type=Path, action="append", default=[], metavar="WAV", help="a reference recording")
     voices.add_argument("--voice-text", action="append", default=[], metavar="TEXT", help="what is said in it")
+    add_voice_cache(command)
+    add_memory_limit(command)
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same speech")
     command.add_argument("--temperature", type=float, default=0.8)
     command.add_argument("--top-p", type=float, default=0.8)
@@ -76,9 +78,14 @@ def _speak(options: argparse.Namespace) -> int:
             stream=options.stream,
             codes_out=options.codes_out,
             overwrite=options.force,
+            voice_cache=voice_cache(options),
+            memory_limit_gb=options.memory_limit,
+            low_memory=options.low_memory,
         ),
         sys.stdout.buffer,
     )
+    for note in result["notes"]:
+        print(f"s2quant speak: {note}", file=sys.stderr)
     to = sys.stderr if options.out == "-" else sys.stdout
     if options.json:
         print(json.dumps(result), file=to)

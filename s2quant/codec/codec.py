@@ -40,6 +40,7 @@ class Codec(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
+        self._rest: torch.device | None = None  # where what only encoding needs is kept between two uses
 
     @property
     def sample_rate(self) -> int:
@@ -59,12 +60,26 @@ class Codec(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
-        return next(self.parameters()).dtype
+        return next(self.decoder.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the codec works: where the weights are, but for those that rest elsewhere."""
+        return next(self.decoder.parameters()).device
+
+    def rest_encoder(self, device: torch.device | str) -> None:
+        """Keep what only encoding needs elsewhere from now on: half of the weights. `encode` fetches them for its time.
+
+        Args:
+            device: Where they rest, usually the host; the codec's own device ends it.
+        """
+        target = torch.device(device)
+        self._rest = None if target == self.device else target
+        self._move_encoder(target)
+
+    def _move_encoder(self, device: torch.device) -> None:
+        for part in (self.encoder, self.quantizer.downsample, self.quantizer.pre_module):
+            part.to(device)
 
     def encode_latent(self, wav: Tensor, memory: Memory | None = None) -> Tensor:
         """Bring samples to latents, not yet quantized.
@@ -130,6 +145,15 @@ class Codec(nn.Module):
             UserError: The audio has another shape, is empty, is not floating or is not finite.
         """
         check_audio(wav)
+        if self._rest is None:
+            return self._encode(wav, chunk_frames)
+        self._move_encoder(self.device)
+        try:
+            return self._encode(wav, chunk_frames)
+        finally:
+            self._move_encoder(self._rest)
+
+    def _encode(self, wav: Tensor, chunk_frames: int | None) -> Tensor:
         wav = F.pad(wav.to(self.device, self.dtype), (0, -wav.shape[-1] % self.frame_size))
         memory = Memory(wav.shape[0])
         chunks = wav.split((chunk_frames or wav.shape[-1]) * self.frame_size, dim=-1)

@@ -50,6 +50,31 @@ class Memory:
                 self._buffers[owner, name] = torch.zeros(size, dtype=dtype or like.dtype, device=like.device)
         return self._buffers[owner, name]
 
+    @classmethod
+    def joined(cls, rows: Sequence[tuple[Memory, int]]) -> Memory:
+        """Put streams of several memories side by side, so that they can be advanced together.
+
+        Args:
+            rows: Each stream's memory and its place in that one's batch axis; not changed, and out of date once the
+                new memory is used.
+
+        Returns:
+            Their memory, in this order; one that is given whole and in order is given back as it is.
+        """
+        first = rows[0][0]
+        if len(rows) == first.batch_size and all(row == (first, place) for place, row in enumerate(rows)):
+            return first
+        found = cls(len(rows))
+        made = {key: buffer for memory, _ in rows for key, buffer in memory._buffers.items()}
+        for key, like in made.items():
+            parts = [
+                memory._buffers[key][place] if key in memory._buffers else torch.zeros_like(like[0])
+                for memory, place in rows
+            ]
+            with torch.inference_mode(False):
+                found._buffers[key] = torch.stack(parts)
+        return found
+
     def reset(self, slots: Sequence[int] | None = None) -> None:
         """Forget streams, in place.
 

@@ -31,6 +31,20 @@ class CodecStream:
         self.codec = codec
         self.memory = Memory(batch_size)
 
+    @classmethod
+    def joined(cls, rows: Sequence[tuple[CodecStream, int]]) -> CodecStream:
+        """Put streams side by side, so that they can be advanced together.
+
+        Args:
+            rows: Streams of one codec, and which of each one's slots; not to be pushed any more.
+
+        Returns:
+            Streams that go on where those are, in this order.
+        """
+        found = cls(rows[0][0].codec, len(rows))
+        found.memory = Memory.joined([(stream.memory, slot) for stream, slot in rows])
+        return found
+
     @torch.no_grad()
     def push(self, codes: Tensor) -> Tensor:
         """Decode the next frames of every stream.

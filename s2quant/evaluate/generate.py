@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from s2quant.errors import UserError
+from s2quant.errors import OutOfMemory, UserError
 from s2quant.evaluate.failures import find_failures
 from s2quant.evaluate.plan import EvalPlan, Job
 from s2quant.evaluate.ranks import Ranks
 from s2quant.evaluate.store import Clip, Store, load_array, save_array, voice_id
-from s2quant.evaluate.token_cache import release_memory
 from s2quant.files import atomic_file
 from s2quant.prompt import Voice
 from s2quant.runtime.audio import write_wav
 from s2quant.runtime.engine import Engine
+from s2quant.runtime.memory import release_memory
 from s2quant.runtime.speech import Request, Speech
 from s2quant.suite import Utterance
 
@@ -126,6 +126,8 @@ def _encode_voices(plan: EvalPlan, engine: Engine, store: Store, ranks: Ranks) -
             shutil.copyfile(utterance.prompt_audio, partial)
         try:
             voice = engine.voice(utterance.prompt_audio, utterance.prompt_text or "")
+        except OutOfMemory:  # says nothing about the recording
+            raise
         except UserError as error:
             with atomic_file(_voice_error(path), overwrite=True) as partial:
                 partial.write_text(one_sentence(error), encoding="utf-8")
@@ -184,7 +186,7 @@ def speak_jobs(jobs: Sequence[Job], engine: Engine, plan: EvalPlan, voices: Voic
             clip = _write(job, request, speech, engine, store)
             del waiting[speech.index]
             yield clip
-    except RuntimeError as error:  # of torch: out of memory, a kernel that fails
+    except (RuntimeError, OutOfMemory) as error:  # of torch: out of memory, a kernel that fails
         reason = error
     else:
         return

@@ -30,7 +30,7 @@ from s2quant.evaluate.score import Backends, embed, make_records, transcribe
 from s2quant.evaluate.similarity import load_similarity
 from s2quant.evaluate.stats import binomial_interval, smallest_detectable
 from s2quant.evaluate.store import Store, load_array
-from s2quant.evaluate.token_cache import floor_dtype, folder_arm, measure_arms, release_memory
+from s2quant.evaluate.token_cache import floor_dtype, folder_arm, measure_arms
 from s2quant.evaluate.token_summary import summarise_tokens
 from s2quant.evaluate.tokens import TokenDamage, TokenSequence
 from s2quant.evaluate.wer import score
@@ -38,6 +38,7 @@ from s2quant.files import atomic_file, check_new, read_json, write_json
 from s2quant.records import Arm, folder_hashes, manifest, versions, write_records
 from s2quant.runtime.engine import load_engine
 from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.memory import release_memory
 from s2quant.runtime.speak import DTYPES
 
 RUN_VERSION = 1

@@ -26,12 +26,12 @@ from s2quant.evaluate.ranks import Ranks
 from s2quant.evaluate.similarity import SpeakerModel, cosine
 from s2quant.evaluate.store import Clip, Store, load_array, voice_id
 from s2quant.evaluate.text import has_tags, strip_marks
-from s2quant.evaluate.token_cache import release_memory
 from s2quant.evaluate.token_summary import utterance_summary
 from s2quant.evaluate.tokens import TokenDamage
 from s2quant.evaluate.wer import score
 from s2quant.records import UtteranceRecord
 from s2quant.runtime.audio import read_reference
+from s2quant.runtime.memory import release_memory
 from s2quant.suite import Utterance
 
 ASR_BATCH = 8

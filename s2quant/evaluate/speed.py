@@ -7,11 +7,13 @@ ends of every stretch of time.
 
 Definitions: `ms_per_frame` is the time between the frames that all utterances make together, the first frame left out;
 `rtf` is the time of prefill, frames and codec over the sound of one utterance; `ar_rtf` the same without the codec;
-`audio_s_per_s` is the sound of all utterances over the same time as `rtf`. Times are medians over the repeats.
+`audio_s_per_s` is the sound of all utterances over the same time as `rtf`. Times are medians over the repeats. No
+round knows prefixes of an earlier one; utterances of one batch share theirs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
@@ -23,13 +25,17 @@ from typing import Any
 import torch
 
 from s2quant.errors import UserError, shorten_list
+from s2quant.evaluate.continuity import measure_streams
+from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio, noise, wait_for
+from s2quant.evaluate.upstream import Upstream, check_upstream, measure_upstream
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.memory import limit_memory
 from s2quant.runtime.speech import Request, Speech
+from s2quant.sampling import Sampling
 
-SPEED_VERSION = 1
-REFERENCE_S = 10.0  # seconds of sound in the recording that is encoded
+SPEED_VERSION = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -61,6 +67,11 @@ def measure_speed(
     dtype: torch.dtype = torch.bfloat16,
     linears: Backend = "auto",
     decoder: DecoderKind = "plain",
+    voice: Voice | None = None,
+    streams: Sequence[int] = (),
+    memory_limit_gb: float | None = None,
+    low_memory: bool = False,
+    against: Upstream | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Time one or more checkpoints under the same conditions.
@@ -75,28 +86,39 @@ def measure_speed(
         dtype: The models' dtype.
         linears: Backend of the quantized linears.
         decoder: How frames are made, see `Engine`.
+        voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
+        streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
+        memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
+        low_memory: Whether the codecs' encoders rest on the host.
+        against: A fish-speech checkout that is timed beside us, on the first checkpoint; None: none.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, text, num_frames, repeats, warmup_s (of all arms), `arms` (per name:
-        folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch size and arm: concurrency,
-        arm,
-        ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
-        peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the
-        median of the rounds' own ratios), samples (every timed round). Memory is None on a CPU; first_audio_s is
-        that of one stream alone and None in the rows of other batch sizes.
+        version, device, dtype, decoder, memory_limit_gb, low_memory, text, num_frames, repeats, warmup_s (of all
+        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch
+        size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s,
+        peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the
+        first arm's, the median of the rounds' own ratios), samples (every timed round). Memory is that of speaking
+        and decoding, and None on a CPU; first_audio_s is that of one stream alone, without a voice, and None in the
+        rows of other batch sizes. `first_audio` has the rows of `measure_first_audio`, `streams` those of
+        `measure_streams`, `upstream` those of `measure_upstream`, with same_first_code (whether our first arm's
+        likeliest code is the same) and ratios (its ms_per_frame over that of every arm at batch 1); each is empty
+        unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
     """
-    target = _checked(folders, num_frames, repeats, batch_sizes, device)
-    slots = max(batch_sizes)
-    arms = [_load(name, folder, target, dtype, linears, slots, decoder) for name, folder in folders.items()]
-    requests = [
-        Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(max(batch_sizes))
-    ]
+    target = _checked(folders, num_frames, repeats, batch_sizes, streams, device)
+    if memory_limit_gb is not None:
+        limit_memory(target, memory_limit_gb * 1e9)
+    slots = max(*batch_sizes, *streams, 1)
+    arms = [_load(name, folder, target, dtype, linears, slots, decoder, low_memory) for name, folder in folders.items()]
+    requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
+    prompt = arms[0].engine.spoken_sequence(requests[0], [])
+    if against is not None:
+        check_upstream(against, arms[0].folder, prompt.shape[1] + num_frames)
     total, done = len(batch_sizes) * (1 + repeats) * len(arms), 0
     for batch_size in batch_sizes:
         for turn in range(1 + repeats):  # turn 0 is the warm-up
@@ -104,22 +126,67 @@ def measure_speed(
                 progress(f"{arm.name}, batch {batch_size}", done, total)
                 _round(arm, requests[:batch_size], arms, timed=turn > 0)
                 done += 1
+    voiced = {arm.name: (arm.engine, arm.folder) for arm in arms}
+    engines = {arm.name: arm.engine for arm in arms}
+    rows = [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms]
     return {
         "version": SPEED_VERSION,
         "device": device_name(target),
         "dtype": str(dtype).removeprefix("torch."),
         "decoder": decoder,
+        "memory_limit_gb": memory_limit_gb,
+        "low_memory": low_memory,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,
         "warmup_s": sum(arm.warmup_s for arm in arms),
         "arms": {arm.name: _facts(arm) for arm in arms},
-        "rows": [_row(arm, size, arms[0], num_frames) for size in batch_sizes for arm in arms],
+        "rows": rows,
+        "first_audio": [] if voice is None else measure_first_audio(voiced, requests[0], voice, repeats, progress),
+        "streams": measure_streams(engines, requests, streams, repeats, progress) if streams else [],
+        "upstream": [] if against is None else _against(against, arms[0], requests[0], rows, repeats, dtype, progress),
     }
 
 
+def _against(
+    against: Upstream,
+    arm: _Arm,
+    request: Request,
+    rows: Sequence[Mapping[str, Any]],
+    repeats: int,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Time fish-speech on an arm's checkpoint and prompt, and say how it compares."""
+    engine = arm.engine
+    assert engine.codec is not None
+    progress("fish-speech", 0, 1)
+    greedy = dataclasses.replace(request, sampling=Sampling(top_k=1), max_frames=1)
+    best = int(engine.speak(greedy).codes[0, 0])
+    found = measure_upstream(
+        against,
+        arm.folder,
+        engine.spoken_sequence(request, []),
+        num_frames=request.max_frames,
+        repeats=repeats,
+        device=str(engine.device),
+        dtype=str(dtype).removeprefix("torch."),
+        frame_s=engine.codec.frame_size / engine.codec.sample_rate,
+    )
+    alone = {row["arm"]: row["ms_per_frame"] for row in rows if row["concurrency"] == 1}
+    for row in found:
+        row["same_first_code"] = row["best_first_code"] == best
+        row["ratios"] = {name: row["ms_per_frame"] / ours for name, ours in alone.items()}
+    return found
+
+
 def _checked(
-    folders: Mapping[str, Path], num_frames: int, repeats: int, batch_sizes: Sequence[int], device: str | torch.device
+    folders: Mapping[str, Path],
+    num_frames: int,
+    repeats: int,
+    batch_sizes: Sequence[int],
+    streams: Sequence[int],
+    device: str | torch.device,
 ) -> torch.device:
     faults = [] if folders else ["no checkpoint"]
     if num_frames < 2:
@@ -130,6 +197,8 @@ def _checked(
         faults.append(f"batch sizes are {list(batch_sizes)}, not all positive")
     if len(set(batch_sizes)) < len(batch_sizes):
         faults.append(f"batch sizes are {list(batch_sizes)}, one of them twice")
+    if len(set(streams)) < len(streams) or min(streams, default=1) < 1:
+        faults.append(f"streams are {list(streams)}, not all positive and different")
     if faults:
         raise UserError(shorten_list(faults), "something to be timed", "correct the numbers")
     return parse_device(device)
@@ -155,11 +224,12 @@ def _load(
     linears: Backend,
     num_slots: int,
     decoder: DecoderKind,
+    low_memory: bool,
 ) -> _Arm:
     before = _allocated(device)
     started = time.perf_counter()
-    engine = load_engine(folder, device, dtype, linears, num_slots, decoder)
-    _wait(device)
+    engine = load_engine(folder, device, dtype, linears, num_slots, decoder, encoder_on_host=low_memory)
+    wait_for(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)
     loaded = None if after is None or before is None else after - before
@@ -172,12 +242,16 @@ def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
+    arm.engine.prefixes.clear()
     prefill_s, ar_s, speeches = _speak(arm.engine, requests)
     codec_s = _seconds(device, lambda: [arm.engine.decode(speech.codes) for speech in speeches])
+    if timed:
+        _keep_peak(arm, batch_size, arms)  # of speaking and decoding: encoding a recording has one of its own
     encode_s = first_s = None
     if batch_size == 1:
         encode_s = _seconds(device, lambda: _encode(arm.engine))
-        first_s = _first_audio(arm.engine, requests[0])
+        arm.engine.prefixes.clear()
+        first_s = first_audio(arm.engine, requests[0])
     if not timed:
         arm.warmup_s += time.perf_counter() - began
         return
@@ -186,14 +260,13 @@ def _round(arm: _Arm, requests: Sequence[Request], arms: Sequence[_Arm], timed: 
     if encode_s is not None and first_s is not None:
         arm.encode_s.append(encode_s)
         arm.first_audio_s.append(first_s)
-    _keep_peak(arm, batch_size, arms)
 
 
 def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, list[Speech]]:
     """Speak all requests together: seconds until each has its first frame, seconds of the frames after, speeches."""
     waiting = set(range(len(requests)))
     speeches: list[Speech] = []
-    _wait(engine.device)
+    wait_for(engine.device)
     started = first = time.perf_counter()
     for event in engine.events(requests):
         if isinstance(event, Speech):
@@ -201,38 +274,24 @@ def _speak(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, l
         elif event[0] in waiting:
             waiting.remove(event[0])
             first = time.perf_counter()
-    _wait(engine.device)
+    wait_for(engine.device)
     ended = time.perf_counter()
     return first - started, ended - first, speeches
 
 
 def _encode(engine: Engine) -> None:
-    """Encode a recording of noise: the time does not depend on what is in it."""
+    """Encode a recording of noise."""
     codec = engine.codec
     assert codec is not None
-    num_samples = int(REFERENCE_S * codec.sample_rate)
-    noise = torch.randn(1, 1, num_samples, generator=torch.Generator().manual_seed(0)) * 0.1
-    codec.encode(noise.to(codec.device))
-
-
-def _first_audio(engine: Engine, request: Request) -> float:
-    _wait(engine.device)
-    started = time.perf_counter()
-    next(chunk for chunk, _ in engine.stream_request(request) if len(chunk))  # on the CPU: nothing to wait for
-    return time.perf_counter() - started
+    codec.encode(noise(codec.sample_rate)[None, None].to(codec.device))
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     work()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _allocated(device: torch.device) -> int | None:

@@ -8,7 +8,6 @@ real size 32 kB per frame in bf16), so they are removed at the end; the damages 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from s2quant.files import atomic_file, disk_errors, sha256_file, sha256_text
 from s2quant.model import DualAR
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, load_model, parse_device
+from s2quant.runtime.memory import release_memory
 
 Progress = Callable[[str, int, int], None]
 """(what is scoring: "baseline" or an arm's name, sequences done, sequences in all) -> None."""
@@ -215,10 +215,3 @@ def _load(path: Path) -> Forced:
         return Forced(**load_file(path))
     except (SafetensorError, OSError, TypeError) as error:
         raise UserError(f"{path}: {error}", "answers of the baseline", "remove it: it is made again") from error
-
-
-def release_memory() -> None:
-    """Give the memory of a model that has just been dropped back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

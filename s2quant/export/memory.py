@@ -21,10 +21,11 @@ from contextlib import contextmanager
 
 import torch
 
+from s2quant.runtime.memory import limit_memory
+
 LOW_MEMORY_BYTES = 12_000_000_000
 LOW_MEMORY_SLOTS = 2
 LOW_MEMORY_SHARD_BYTES = 2_000_000_000
-CONTEXT_BYTES = 600_000_000  # of the cap, left to the CUDA context and libraries, which torch does not count
 
 
 @contextmanager
@@ -40,8 +41,7 @@ def device_cap(device: torch.device | None) -> Iterator[None]:
     if device is None or device.type != "cuda":
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (LOW_MEMORY_BYTES - CONTEXT_BYTES) / total), device)
+    limit_memory(device, LOW_MEMORY_BYTES)
     try:
         yield
     finally:

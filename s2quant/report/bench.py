@@ -23,25 +23,64 @@ _COLUMNS = (
     ("peak GB", "peak_device_bytes", "{:.2f}"),
     ("time/first arm", "ratio", "{:.3f}"),
 )
+_FIRST_AUDIO = (
+    ("first audio with a voice", "state", "{}"),
+    ("arm", "arm", "{}"),
+    ("first audio s", "first_audio_s", "{:.3f}"),
+    ("of it the voice s", "voice_s", "{:.3f}"),
+    ("voice frames", "num_voice_frames", "{:d}"),
+)
+_UPSTREAM = (
+    ("fish-speech", "mode", "{}"),
+    ("positions", "positions", "{:d}"),
+    ("ms/frame", "ms_per_frame", "{:.2f}"),
+    ("AR RTF", "ar_rtf", "{:.3f}"),
+    ("prefill s", "prefill_s", "{:.3f}"),
+    ("warm-up s", "warmup_s", "{:.1f}"),
+    ("peak GB", "peak_device_bytes", "{:.2f}"),
+    ("same first code", "same_first_code", "{}"),
+    ("its time over ours", "ratios", "{}"),
+)
+_STREAMS = (
+    ("streams", "streams", "{:d}"),
+    ("arm", "arm", "{}"),
+    ("first audio s", "first_audio_s", "{:.3f}"),
+    ("slowest", "slowest_first_audio_s", "{:.3f}"),
+    ("underruns", "underruns", "{:d}"),
+    ("in streams", "streams_with_underruns", "{:d}"),
+    ("longest gap s", "longest_gap_s", "{:.3f}"),
+    ("late s", "late_s", "{:.3f}"),
+    ("audio s/s", "audio_s_per_s", "{:.2f}"),
+)
 
 
 def bench_table(result: Mapping[str, Any]) -> str:
-    """Put timings into a Markdown table, one row per batch size and arm.
+    """Put timings into Markdown tables, one row per batch size and arm; then first sounds and streams, if any.
 
     Args:
         result: What `measure_speed` gave.
 
     Returns:
-        The table, with a line above it that says on what it was measured.
+        The tables, with a line above them that says on what they were measured.
     """
-    rows = [[_cell(row, key, form) for _, key, form in _COLUMNS] for row in result["rows"]]
-    head = [title for title, _, _ in _COLUMNS]
+    tables = [_table(_COLUMNS, result["rows"])]
+    if result["first_audio"]:
+        tables.append(_table(_FIRST_AUDIO, result["first_audio"]))
+    if result["streams"]:
+        tables.append(_table(_STREAMS, result["streams"]))
+    if result["upstream"]:
+        tables.append(_table(_UPSTREAM, result["upstream"]))
     about = (
         f"{result['device']}, {result['dtype']}, {result['decoder']} decoder, "
         f"{result['num_frames']} frames, medians of {result['repeats']} "
         f"rounds, warm-up of {result['warmup_s']:.1f} s left out"
     )
-    return f"{about}\n\n{markdown_table(head, rows)}\n"
+    return "\n\n".join([about, *tables]) + "\n"
+
+
+def _table(columns: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    head = [title for title, _, _ in columns]
+    return markdown_table(head, [[_cell(row, key, form) for _, key, form in columns] for row in rows])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,6 +104,10 @@ def _cell(row: Mapping[str, Any], key: str, form: str) -> str:
     value = row[key]
     if value is None:
         return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number:.2f}" for name, number in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return form.format(value / 1e9 if key.endswith("_bytes") else value)
 
 

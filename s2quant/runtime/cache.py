@@ -67,6 +67,29 @@ class KVCache:
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
+    def copy(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """Copy the first positions of a slot.
+
+        Args:
+            slot: The slot.
+            length: Positions P.
+
+        Returns:
+            Keys and values [L, KV, P, h], in memory of their own.
+        """
+        return self.keys[:, slot, :, :length].clone(), self.values[:, slot, :, :length].clone()
+
+    def write(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values at the first positions of a slot.
+
+        Args:
+            slot: The slot.
+            keys: [L, KV, P, h].
+            values: [L, KV, P, h].
+        """
+        self.keys[:, slot, :, : keys.shape[2]] = keys
+        self.values[:, slot, :, : values.shape[2]] = values
+
     def prefill_attends(self, slot: int, start: int = 0) -> list[Attend]:
         """Make the `attend` functions for a run of positions of one slot.
 

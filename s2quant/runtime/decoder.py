@@ -15,6 +15,7 @@ from torch import Tensor
 
 from s2quant.model import DualAR, FastAR
 from s2quant.runtime.cache import KVCache
+from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw, draw_semantic, frame_uniforms
 
 
@@ -26,10 +27,18 @@ class Decoder:
         num_slots: B at most.
         capacity: Positions per slot to begin with.
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
+        prefixes: What prompts begin with, kept from run to run; None keeps nothing.
     """
 
-    def __init__(self, model: DualAR, num_slots: int, capacity: int, residual_size: int) -> None:
-        self.model, self.config, self.num_slots = model, model.config, num_slots
+    def __init__(
+        self,
+        model: DualAR,
+        num_slots: int,
+        capacity: int,
+        residual_size: int,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self.model, self.config, self.num_slots, self.prefixes = model, model.config, num_slots, prefixes
         weight = model.slow.embeddings.weight
         self.device = weight.device
         self.residual_size = residual_size
@@ -38,12 +47,14 @@ class Decoder:
         self.fast_cache = KVCache(self.config.fast, num_slots, self.config.num_codebooks, self.device, weight.dtype)
         self.windows = torch.full((num_slots, RAS_WINDOW), -1, device=self.device)
 
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+    def prefill(self, slot: int, tokens: Tensor, held: int = 0, prefix: int = 0) -> Tensor:
         """Read a prompt into a slot.
 
         Args:
-            slot: The slot; what it held is overwritten.
-            tokens: int64 [1+N, T].
+            slot: The slot; what it held behind the first `held` positions is overwritten.
+            tokens: int64 [1+N, T], on the CPU.
+            held: First positions that the slot holds already; less than T.
+            prefix: First positions that other prompts may share; see `read_prompt`.
 
         Returns:
             [1, D]: the normed hidden vector of the last position.
@@ -51,8 +62,8 @@ class Decoder:
         slow, length = self.model.slow, tokens.shape[1]
         self.cache.ensure(length)
         self.windows[slot] = -1
-        x = slow.embed(tokens[None].to(self.device))
-        x = slow.blocks(x, slow.rotary.table(length, self.device), self.cache.prefill_attends(slot))
+        x = read_prompt(slow, self.cache, slot, tokens, held=held, prefix=prefix, prefixes=self.prefixes)
+        assert x is not None, (held, length)
         return slow.norm(x[:, -1])
 
     def move(self, source: int, target: int, length: int) -> None:

@@ -18,24 +18,35 @@ import torch
 from torch import Tensor
 
 from s2quant.checkpoint.reader import open_checkpoint
-from s2quant.codec import Codec, CodecStream, load_codec
+from s2quant.codec import Codec, load_codec
 from s2quant.errors import UserError, shorten_list
 from s2quant.model import DualAR
-from s2quant.prompt import Tokenizer, Voice, build_prompt, check_text, prompt_budget, split_text
+from s2quant.prompt import (
+    Conversation,
+    Tokenizer,
+    Voice,
+    build_prompt,
+    check_text,
+    prompt_budget,
+    split_text,
+    system_message,
+)
+from s2quant.runtime import memory
 from s2quant.runtime.audio import read_reference
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device
+from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.runtime.streaming import Chunk, decoded
+from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
 DECODERS = ("plain", "fast")
-FIRST_CHUNK_FRAMES = 4
-LARGEST_CHUNK_FRAMES = 64
 
 
 class Engine:
@@ -48,6 +59,8 @@ class Engine:
         num_slots: Most utterances in progress at a time.
         decoder: "plain": one operation after the other, read at every frame; "fast": the frame as one replayed
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
+        prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
+            seed is the same, to the last bit, whatever is kept.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -60,6 +73,7 @@ class Engine:
         codec: Codec | None = None,
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -68,6 +82,8 @@ class Engine:
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
         self.num_slots, self.decoder = num_slots, decoder
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
         residual = codec.config.residual_size if codec is not None else 1024
         self.residual_size = min(residual, self.config.codebook_size)
@@ -75,7 +91,7 @@ class Engine:
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def voice(self, path: Path, text: str) -> Voice:
-        """Encode a reference recording.
+        """Encode a reference recording, or take its codes from the cache of voices if the engine has one.
 
         Args:
             path: An audio file.
@@ -88,9 +104,29 @@ class Engine:
             UserError: The recording or the transcript cannot be used, or the engine has no codec.
         """
         codec = self._need_codec()
-        audio = read_reference(path, codec.sample_rate)
         check_text(text, tokenizer=self.tokenizer)
-        return Voice(text=text, codes=codec.encode(audio[None, None].to(codec.device))[0].cpu())
+        doing, todo = "encoding a recording", "use a shorter recording, or give up other engines first"
+
+        def encode() -> Tensor:
+            audio = read_reference(path, codec.sample_rate)
+            moved = audio[None, None].to(codec.device)
+            return memory.guarded(lambda: codec.encode(moved)[0].cpu(), doing, todo, self.release)
+
+        return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
+
+    def keep_voices(self, folder: Path | None, codec_file: Path) -> None:
+        """Keep the codes of recordings on disk from now on, or no longer.
+
+        Args:
+            folder: Where, see `s2quant.runtime.voices`; None keeps nothing.
+            codec_file: The engine's codec.pth, or the folder that holds it.
+
+        Raises:
+            UserError: The engine has no codec.
+        """
+        self.voices = None
+        if folder is not None:
+            self.voices = VoiceCache(folder, codec_file, self._need_codec(), self.tokenizer.num_semantic)
 
     def prepare(self, request: Request) -> list[str]:
         """Check a request and split its text into batches.
@@ -128,6 +164,11 @@ class Engine:
             max_tokens=prompt_budget(self.config),
             codebook_size=self.config.codebook_size,
         )
+
+    def _prefix_length(self, request: Request) -> int:
+        """Count the positions that all prompts with these voices begin with."""
+        prefix = Conversation(messages=[system_message(request.voices)])
+        return prefix.encode(self.tokenizer, self.config.num_codebooks).shape[1]
 
     def spoken_sequence(self, request: Request, codes: Sequence[Tensor]) -> Tensor:
         """Put together what the model saw when it spoke: the last prompt, the frames drawn for it, im_end.
@@ -182,9 +223,16 @@ class Engine:
         """
         batches = [self.prepare(request) for request in requests]
         num_slots = min(self.num_slots, len(requests))
-        if self.decoder == "fast":
-            return self._fast_events(num_slots, requests, batches)
-        return Slots(Decoder(self.model, num_slots, 0, self.residual_size), requests, batches, self._prompt).run()
+        make = self._fast_events if self.decoder == "fast" else self._plain_events
+        doing = f"speaking, up to {num_slots} at a time"
+        return memory.guarded_iterator(make(num_slots, requests, batches), doing, memory.SPEAKING_TODO, self.release)
+
+    def _plain_events(
+        self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
+    ) -> Iterator[Event]:
+        """Speak on a plain decoder, made for this run."""
+        decoder = Decoder(self.model, num_slots, 0, self.residual_size, self.prefixes)
+        yield from Slots(decoder, requests, batches, self._prompt, self._prefix_length).run()
 
     def _fast_events(
         self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
@@ -194,8 +242,9 @@ class Engine:
         if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
             decoder = None  # freed before the next one is made
             decoder = FastDecoder(self.model, num_slots, 0, self.residual_size)
+            decoder.prefixes = self.prefixes
         try:
-            yield from LaggedSlots(decoder, requests, batches, self._prompt).run()
+            yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
         finally:
             self._idle = decoder
 
@@ -254,25 +303,23 @@ class Engine:
         Raises:
             UserError: The request cannot be spoken, or the engine has no codec.
         """
-        return self._chunks(CodecStream(self._need_codec()), self.events([request]))
+        chunks = self.stream_requests([request])
+        return ((chunk.audio, chunk.speech) for chunk in chunks)
 
-    @staticmethod
-    def _chunks(stream: CodecStream, events: Iterator[Event]) -> Iterator[tuple[Tensor, Speech | None]]:
-        """Decode frames in chunks of 4, 8, ... 64, so that the first sound comes early."""
-        pending: list[Tensor] = []
+    def stream_requests(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Stream many requests, several at a time.
 
-        def decoded() -> Tensor:
-            return stream.push(torch.stack(pending, dim=1)[None]).cpu()[0, 0] if pending else torch.zeros(0)
+        Args:
+            requests: What to speak.
 
-        chunk = FIRST_CHUNK_FRAMES
-        for event in events:
-            if isinstance(event, Speech):
-                yield decoded(), event
-                return
-            pending.append(event[1])
-            if len(pending) == chunk:
-                yield decoded(), None
-                pending, chunk = [], min(2 * chunk, LARGEST_CHUNK_FRAMES)
+        Returns:
+            Chunks of all requests, those of one in order, as they are ready; made while they are asked for.
+
+        Raises:
+            UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
+        """
+        chunks = decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
+        return memory.guarded_iterator(chunks, "decoding sound", memory.SPEAKING_TODO, self.release)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into sound.
@@ -289,7 +336,15 @@ class Engine:
         codec = self._need_codec()
         if codes.shape[1] == 0:
             return torch.zeros(0)
-        return codec.decode(codes[None].to(codec.device)).float().cpu()[0, 0]
+        doing, todo = "decoding sound", "stream it, or speak fewer frames"
+        moved = codes[None].to(codec.device)
+        return memory.guarded(lambda: codec.decode(moved).float().cpu()[0, 0], doing, todo, self.release)
+
+    def release(self) -> None:
+        """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""
+        self._idle = None
+        self.prefixes.clear()
+        memory.release_memory()
 
     def _need_codec(self) -> Codec:
         if self.codec is None:
@@ -304,6 +359,10 @@ def load_engine(
     linears: Backend = "auto",
     num_slots: int = 8,
     decoder: DecoderKind = "plain",
+    prefix_bytes: int = PREFIX_BYTES,
+    voice_cache: Path | None = None,
+    memory_limit_bytes: float | None = None,
+    encoder_on_host: bool = False,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -314,6 +373,12 @@ def load_engine(
         linears: Backend of the quantized linears.
         num_slots: Most utterances in progress at a time.
         decoder: See `Engine`.
+        prefix_bytes: See `Engine`.
+        voice_cache: A folder where codes of recordings are kept, see `s2quant.runtime.voices`; None keeps none.
+        memory_limit_bytes: The most memory of the GPU that this process takes from now on, with what CUDA itself
+            needs; None sets no limit.
+        encoder_on_host: Whether what only encoding a recording needs of the codec, half of it, is on the device only
+            while it encodes.
 
     Returns:
         The engine.
@@ -322,7 +387,16 @@ def load_engine(
         UserError: The folder or the device cannot be used.
     """
     target = parse_device(device)
+    if memory_limit_bytes is not None:
+        memory.limit_memory(target, memory_limit_bytes)
     checkpoint = open_checkpoint(path)
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
-    codec = load_codec(checkpoint.folder, device=target)
-    return Engine(load_model(checkpoint, target, dtype, linears), tokenizer, codec, num_slots, decoder)
+    doing = f"loading {path}"
+    codec = memory.guarded(lambda: load_codec(checkpoint.folder, device=target), doing, memory.LOADING_TODO)
+    if encoder_on_host:
+        codec.rest_encoder("cpu")
+        memory.release_memory()
+    model = memory.guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, memory.LOADING_TODO)
+    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
+    engine.keep_voices(voice_cache, checkpoint.folder)
+    return engine

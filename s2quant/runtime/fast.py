@@ -23,6 +23,7 @@ from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame, fused_obstacle
+from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
 from s2quant.sampling import Sampling
 
@@ -139,6 +140,7 @@ class FastDecoder:
         self._num_reads = 0
         self._generators: list[torch.Generator | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
+        self.prefixes: PrefixCache | None = None  # what prompts begin with, where somebody keeps it
         self._drawn, self._made, self._top_k = [0] * num_slots, [0] * num_slots, [1] * num_slots
 
     def _state(self) -> FrameState:
@@ -182,22 +184,22 @@ class FastDecoder:
         )
         state.ignore_end[slot] = ignore_end
 
-    def begin(self, slot: int, tokens: Tensor, drawn: int) -> None:
+    def begin(self, slot: int, tokens: Tensor, drawn: int, held: int = 0, prefix: int = 0) -> None:
         """Read a prompt into a slot; the next frame is the first after it.
 
         Args:
-            slot: The slot; what it held is overwritten.
-            tokens: int64 [1+N, T].
+            slot: The slot; what it held behind the first `held` positions is overwritten.
+            tokens: int64 [1+N, T], on the CPU.
             drawn: Frames that the utterance has drawn for good before this prompt: its random numbers go on there.
+            held: First positions that the slot holds already; less than T.
+            prefix: First positions that other prompts may share; see `read_prompt`.
         """
         slow, state, length = self.model.slow, self.state, tokens.shape[1]
         self.ensure(length)
-        tokens = tokens.to(self.device)
-        if length > 1:
-            table = slow.rotary.table(length - 1, self.device)
-            slow.blocks(slow.embed(tokens[None, :, :-1]), table, self.cache.prefill_attends(slot))
+        before = tokens[:, :-1]
+        read_prompt(slow, self.cache, slot, before, held=held, prefix=prefix, prefixes=self.prefixes)
         assert drawn <= self._made[slot] <= drawn + KEPT, (drawn, self._made[slot])
-        state.columns[slot] = tokens[:, -1]
+        state.columns[slot] = tokens[:, -1].to(self.device)
         state.positions[slot], state.draws[slot] = length - 1, drawn
         state.windows[slot], state.first[slot] = -1, True
         self.positions[slot], self._drawn[slot] = length - 1, drawn

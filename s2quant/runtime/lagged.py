@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2quant.errors import UserError
 from s2quant.runtime.fast import FastDecoder, Read
-from s2quant.runtime.slots import Event, Prompt, Utterance, finished_speech
+from s2quant.runtime.slots import Event, PrefixLength, Prompt, Utterance, finished_speech
 from s2quant.runtime.speech import Request
 
 LAG = 1  # frames that may be under way, unread, while the next one is asked for
@@ -51,12 +51,19 @@ class LaggedSlots:
         requests: What to speak.
         batches: The texts of each request, to be spoken one after the other.
         prompt: Builds the prompt of a batch.
+        prefix_length: Tells what prompts share.
     """
 
     def __init__(
-        self, decoder: FastDecoder, requests: Sequence[Request], batches: Sequence[Sequence[str]], prompt: Prompt
+        self,
+        decoder: FastDecoder,
+        requests: Sequence[Request],
+        batches: Sequence[Sequence[str]],
+        prompt: Prompt,
+        prefix_length: PrefixLength,
     ) -> None:
         self.decoder, self.requests, self.batches, self.prompt = decoder, requests, batches, prompt
+        self.prefix_length = prefix_length
         self.seats: list[_Seated] = []
         self.flights: deque[_Flight] = deque()
 
@@ -110,9 +117,9 @@ class LaggedSlots:
             return False  # text and voices were checked before: only the length can be wrong
         length = prompt.shape[1]
         utterance.limit = min(utterance.request.max_frames, decoder.max_positions - length)
-        utterance.num_prompt_tokens += length
         decoder.ensure(length + utterance.limit)
-        decoder.begin(number, prompt, seated.drawn)
+        held, prefix = utterance.take_prompt(prompt), self.prefix_length(utterance.request)
+        decoder.begin(number, prompt, seated.drawn, held, prefix)
         seated.asked, seated.turn = 0, seated.turn + 1
         return True
 
@@ -141,7 +148,7 @@ class LaggedSlots:
             if len(utterance.frames) < utterance.limit:
                 return
             utterance.stop_reason = "limit"
-        utterance.end_batch(self.decoder.config.num_codebooks)
+        utterance.end_batch(self.decoder.config.num_codebooks, self.decoder.config.semantic_begin_id)
         number = next(place for place, other in enumerate(self.seats) if other is seated)
         if len(utterance.history) < len(utterance.batches):
             if self._begin(number):

@@ -1,11 +1,12 @@
 """A checkpoint folder -> a model on a device, dense or quantized, every tensor accounted for.
 
-The model is built on the meta device and filled module by module, so nothing is held twice. Needs neither
-gptqmodel nor transformers.
+The model is built on the meta device and filled module by module, and a shard's pages are let go when its last
+tensor has been taken, so nothing is held twice. Needs neither gptqmodel nor transformers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from s2quant.errors import UserError
 from s2quant.model import DualAR, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.linears import Backend, make_linear
+from s2quant.runtime.memory import trim_heap
+
+TRIM_BYTES = 32 * 2**20  # read from disk between two clean-ups of the host's heap
 
 
 def parse_device(device: str | torch.device) -> torch.device:
@@ -83,14 +87,25 @@ def load_model(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     with torch.device("meta"):
         model = DualAR(checkpoint.config)
+    left_in = Counter(entry.file for entry in checkpoint.entries.values())
+    untrimmed = 0
     for name in checkpoint.modules:
         weight = checkpoint.weight(name, target)
         if isinstance(weight, QuantizedWeight):
             set_module(model, module_name(name), make_linear(weight, dtype, linears))
-            continue
-        owner, parameter = (name.rpartition(".")[0], "bias") if name.endswith(".bias") else (name, "weight")
-        module = model.get_submodule(module_name(owner))
-        setattr(module, parameter, nn.Parameter(weight.to(dtype), requires_grad=False))
+        else:
+            owner, parameter = (name.rpartition(".")[0], "bias") if name.endswith(".bias") else (name, "weight")
+            module = model.get_submodule(module_name(owner))
+            setattr(module, parameter, nn.Parameter(weight.to(dtype), requires_grad=False))
+        del weight
+        for entry in (checkpoint.entries[key] for key in checkpoint.keys(name)):
+            untrimmed += entry.num_bytes
+            left_in[entry.file] -= 1
+            if not left_in[entry.file]:
+                checkpoint.close(entry.file)
+        if untrimmed > TRIM_BYTES:
+            trim_heap()
+            untrimmed = 0
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not left, left
     return model.eval()

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from s2quant.errors import UserError
 from s2quant.runtime.decoder import Decoder
+from s2quant.runtime.prefix import num_held
 from s2quant.runtime.sampler import SamplingRows
 from s2quant.runtime.speech import Request, Speech, StopReason
 
 Prompt = Callable[[Request, str, Sequence[tuple[str, Tensor]]], Tensor]
 """(request, text of the batch, batches spoken already with their codes [N, F]) -> int64 [1+N, T]."""
+PrefixLength = Callable[[Request], int]
+"""How many first positions of a request's prompts other requests may share."""
 Event = tuple[int, Tensor] | Speech
 """One frame, int64 [N] on the CPU, with its request's index; or a whole speech."""
 
@@ -42,8 +45,9 @@ class Utterance:
         frames: int64 [N] each, of the batch in progress.
         position: Where the last column goes.
         limit: Most frames of the batch in progress.
-        num_prompt_tokens: Positions prefilled so far.
+        num_prompt_tokens: Positions of its prompts so far.
         stop_reason: See `Speech`.
+        held: int64 [1+N, T], what the slot's first keys and values are of; None before the first prompt.
     """
 
     index: int
@@ -57,17 +61,35 @@ class Utterance:
     limit: int = 0
     num_prompt_tokens: int = 0
     stop_reason: StopReason = "end"
+    held: Tensor | None = None
 
-    def end_batch(self, num_codebooks: int) -> None:
+    def end_batch(self, num_codebooks: int, semantic_begin_id: int) -> None:
         """Put the frames of the batch in progress into the history.
 
         Args:
             num_codebooks: N.
+            semantic_begin_id: Token id of semantic code 0.
         """
         empty = torch.zeros(num_codebooks, 0, dtype=torch.int64)
         codes = torch.stack(self.frames, dim=1) if self.frames else empty
+        assert self.held is not None
+        columns = torch.cat([self.held, torch.cat([codes[:1] + semantic_begin_id, codes])], dim=1)
+        self.held = columns[:, :-1]  # the last column need not have been fed
         self.history.append((self.batches[len(self.history)], codes))
         self.frames = []
+
+    def take_prompt(self, prompt: Tensor) -> int:
+        """Begin the next batch.
+
+        Args:
+            prompt: int64 [1+N, T].
+
+        Returns:
+            How many first positions the slot holds already.
+        """
+        held, self.held = num_held(self.held, prompt), prompt
+        self.num_prompt_tokens += prompt.shape[1]
+        return held
 
 
 class Slots:
@@ -78,12 +100,19 @@ class Slots:
         requests: What to speak.
         batches: The texts of each request, to be spoken one after the other.
         prompt: Builds the prompt of a batch.
+        prefix_length: Tells what prompts share.
     """
 
     def __init__(
-        self, decoder: Decoder, requests: Sequence[Request], batches: Sequence[Sequence[str]], prompt: Prompt
+        self,
+        decoder: Decoder,
+        requests: Sequence[Request],
+        batches: Sequence[Sequence[str]],
+        prompt: Prompt,
+        prefix_length: PrefixLength,
     ) -> None:
         self.decoder, self.requests, self.batches, self.prompt = decoder, requests, batches, prompt
+        self.prefix_length = prefix_length
         self.slots: list[Utterance] = []
         self.columns = torch.zeros(
             decoder.num_slots, 1 + decoder.config.num_codebooks, dtype=torch.int64, device=decoder.device
@@ -156,10 +185,9 @@ class Slots:
             return None  # text and voices were checked before: only the length can be wrong
         length = prompt.shape[1]
         slot.limit = min(slot.request.max_frames, decoder.config.slow.max_seq_len - length)
-        slot.num_prompt_tokens += length
         slot.position = length - 1
         decoder.cache.ensure(length + slot.limit)
-        hidden = decoder.prefill(number, prompt)
+        hidden = decoder.prefill(number, prompt, slot.take_prompt(prompt), self.prefix_length(slot.request))
         rows = _rows([slot.request], decoder.device)
         where = slice(number, number + 1)
         self.columns[where] = decoder.sample(hidden, rows, [slot.generator], where, first=True)
@@ -185,7 +213,7 @@ class Slots:
                 if len(slot.frames) < slot.limit:
                     return
                 slot.stop_reason = "limit"
-            slot.end_batch(self.decoder.config.num_codebooks)
+            slot.end_batch(self.decoder.config.num_codebooks, self.decoder.config.semantic_begin_id)
             if len(slot.history) == len(slot.batches):
                 break
             column = self._prefill(number)

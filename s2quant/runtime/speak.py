@@ -50,6 +50,9 @@ class SpeakOptions:
         stream: Whether sound is decoded and written while it is being made.
         codes_out: Where to write the codes, or None.
         overwrite: Whether existing files are replaced.
+        voice_cache: A folder where codes of recordings are kept; None encodes them anew.
+        memory_limit_gb: The most memory of the GPU, in 10^9 bytes; None: all of it.
+        low_memory: Whether the codec's encoder rests on the host.
     """
 
     text: str
@@ -70,6 +73,9 @@ class SpeakOptions:
     stream: bool = False
     codes_out: Path | None = None
     overwrite: bool = False
+    voice_cache: Path | None = None
+    memory_limit_gb: float | None = None
+    low_memory: bool = False
 
 
 def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
@@ -80,17 +86,33 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         stdout: Where raw PCM goes when there is no file.
 
     Returns:
-        num_frames, audio_s, seconds, rtf, first_audio_s (None unless streamed), stop_reason, seed, sample_rate.
+        num_frames, audio_s, seconds, rtf, first_audio_s (None unless streamed), stop_reason, seed, sample_rate,
+        voices_s (reading and encoding the recordings, before the clock of `seconds` starts), voices_kept (how many
+        of them the cache had), notes (what to tell about the cache), peak_device_bytes (of torch's tensors, loading
+        included; None on a CPU).
 
     Raises:
         UserError: Something in the input cannot be used; no file is left.
         VerificationError: The model ended before the first frame, or its sound is not finite.
     """
     sampling = _checked_sampling(options)
-    engine = load_engine(options.model, options.device, DTYPES[options.dtype], options.linears, 1, options.decoder)
+    engine = load_engine(
+        options.model,
+        options.device,
+        DTYPES[options.dtype],
+        options.linears,
+        1,
+        options.decoder,
+        voice_cache=options.voice_cache,
+        memory_limit_bytes=None if options.memory_limit_gb is None else options.memory_limit_gb * 1e9,
+        encoder_on_host=options.low_memory,
+    )
+    began = time.perf_counter()
+    voices = tuple(engine.voice(path, text) for path, text in options.voices)
+    voices_s = time.perf_counter() - began
     request = Request(
         text=options.text,
-        voices=tuple(engine.voice(path, text) for path, text in options.voices),
+        voices=voices,
         seed=options.seed,
         sampling=sampling,
         max_frames=options.max_frames,
@@ -111,7 +133,15 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         assert job.speech is not None
         if options.codes_out is not None:
             np.save(files.enter_context(atomic_file(options.codes_out, options.overwrite)), job.speech.codes.numpy())
-    return job.figures(time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    kept, notes = (engine.voices.hits, engine.voices.notes) if engine.voices is not None else (0, [])
+    peak = torch.cuda.max_memory_allocated(engine.device) if engine.device.type == "cuda" else None
+    return job.figures(seconds) | {
+        "voices_s": voices_s,
+        "voices_kept": kept,
+        "notes": notes,
+        "peak_device_bytes": peak,
+    }
 
 
 def _checked_sampling(options: SpeakOptions) -> Sampling:

@@ -1,5 +1,6 @@
 """Encoding and decoding whole signals: shapes, padding, clamping, causality, chunks, training, bad input."""
 
+import copy
 import math
 
 import pytest
@@ -224,3 +225,29 @@ def test_a_gpu_gives_the_cpus_audio(tiny):
     assert (decoded.cpu() - tiny.decode(codes)).abs().max() < 1e-4
     assert (streamed - decoded).abs().max() < 1e-5
     assert (encoded.cpu() == tiny.encode(recording(1))).float().mean() > 0.98
+
+
+def test_an_encoder_that_rests_elsewhere_is_fetched_for_its_time(short, monkeypatch):
+    codec = copy.deepcopy(short)
+    wav = 0.1 * torch.randn(1, 1, 9 * codec.frame_size, generator=torch.Generator().manual_seed(0))
+    expected, moved = codec.encode(wav), []
+    monkeypatch.setattr(codec, "_move_encoder", lambda device: moved.append(str(device)))
+    codec._rest = torch.device("cuda")  # as if: nothing is moved here
+    assert torch.equal(codec.encode(wav), expected) and moved == ["cpu", "cuda"]
+    with pytest.raises(UserError):
+        codec.encode(torch.full((1, 1, 5), float("nan")))
+    monkeypatch.setattr(codec.encoder, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        codec.encode(wav)
+    assert moved == ["cpu", "cuda"] * 2
+    codec.rest_encoder("cpu")  # its own device: the end of it
+    assert codec._rest is None and moved[-1] == "cpu"
+
+
+def test_what_only_encoding_needs_is_about_half(short):
+    codec = copy.deepcopy(short)
+    codec.rest_encoder("meta")
+    resting = {name for name, weight in codec.named_parameters() if weight.is_meta}
+    assert {name.split(".")[0] for name in resting} == {"encoder", "quantizer"} and codec.device.type == "cpu"
+    codes = short.encode(torch.zeros(1, 1, 3 * short.frame_size))
+    assert torch.equal(codec.decode(codes), short.decode(codes))

@@ -122,3 +122,31 @@ def test_every_layer_is_remembered_by_itself(short):
     owners = [owner for owner, _ in stream.memory._buffers]
     assert sum(isinstance(owner, WindowTransformer) for owner in owners) == 1
     assert len(owners) == len(set(owners)) == 1 + 3 + 2 + 1 + 2 * (1 + 3) + 1
+
+
+def test_streams_of_several_memories_go_on_side_by_side(short):
+    """Streams at different places, one of them fresh, are joined, parted and joined again in another order."""
+    codes = random_codes(short.config, 4, 40)
+    whole = short.decode(codes, None)
+    size = short.frame_size
+    pair, single, fresh = CodecStream(short, 2), CodecStream(short), CodecStream(short)
+    pieces = [[piece] for piece in pair.push(codes[:2, :, :11])] + [[single.push(codes[2:3, :, :3])[0]], []]
+    at = [11, 11, 3, 0]
+    slots = [(pair, 0), (pair, 1), (single, 0), (fresh, 0)]
+    for order, frames in (([2, 0, 3], 5), ([1, 3], 7), ([3, 1], 4), ([0, 1, 2, 3], 6)):
+        stream = CodecStream.joined([slots[n] for n in order])
+        out = stream.push(torch.stack([codes[n, :, at[n] : at[n] + frames] for n in order]))
+        for place, n in enumerate(order):
+            pieces[n].append(out[place])
+            at[n] += frames
+            slots[n] = (stream, place)
+    for n in range(4):
+        assert (torch.cat(pieces[n], dim=-1) - whole[n, :, : at[n] * size]).abs().max() < 1e-5
+
+
+def test_a_memory_given_whole_is_given_back(short):
+    stream = CodecStream(short, 3)
+    stream.push(random_codes(short.config, 3, 4))
+    assert CodecStream.joined([(stream, n) for n in range(3)]).memory is stream.memory
+    assert CodecStream.joined([(stream, n) for n in (0, 2, 1)]).memory is not stream.memory
+    assert CodecStream.joined([(stream, 0)]).memory is not stream.memory

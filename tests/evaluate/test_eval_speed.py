@@ -103,7 +103,7 @@ def test_bench_writes_table_json_and_plot(tiny_folder, tiny_quantized, tmp_path,
     assert main([*words, "--batch", "1,2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "bench.md").read_text()
-    assert printed.count("bf16 |") == printed.count("w4a16 |") == 2
+    assert printed.count("bf16 |") == printed.count("w4a16 |") == 2 + 3  # batch sizes, first sounds
     result = json.loads((out / "bench.json").read_text())
     assert [row["concurrency"] for row in result["rows"]] == [1, 1, 2, 2]
     assert json.loads((out / "manifest.json").read_text())["stage"] == "bench"

@@ -35,9 +35,9 @@ def small_models():
 class PromptEngine(Engine):
     """Speaks given prompts instead of texts: a request's text names them, with | between the batches."""
 
-    def __init__(self, model, prompts, **options):
+    def __init__(self, model, prompts, prefix=0, **options):
         super().__init__(model, None, **options)
-        self.prompts = prompts
+        self.prompts, self.prefix = prompts, prefix
 
     def prepare(self, request):
         return request.text.split("|")
@@ -45,14 +45,17 @@ class PromptEngine(Engine):
     def _prompt(self, request, text, history):
         return self.prompts[text]
 
+    def _prefix_length(self, request):
+        return self.prefix
+
 
 @pytest.fixture
 def prompt_engine(small_models):
     """Make an engine for a small model that speaks prompts of the case's sequence, named by their lengths."""
 
-    def make(case="shared", num_slots=8, lengths=(5, 9, 12, 16, 20, 25, 31, 37)):
+    def make(case="shared", num_slots=8, lengths=(5, 9, 12, 16, 20, 25, 31, 37), **options):
         prompts = {str(n): cases.prompt(case, n) for n in lengths}
-        return PromptEngine(small_models[case], prompts, num_slots=num_slots)
+        return PromptEngine(small_models[case], prompts, num_slots=num_slots, **options)
 
     return make
 

@@ -387,7 +387,7 @@ def test_a_prompt_without_frames_can_be_looked_at(engine):
 def test_a_second_batch_hears_the_first(engine, monkeypatch):
     prompts = []
     plain = Decoder.prefill
-    monkeypatch.setattr(Decoder, "prefill", lambda self, slot, t: prompts.append(t.clone()) or plain(self, slot, t))
+    monkeypatch.setattr(Decoder, "prefill", lambda self, n, t, *a: prompts.append(t.clone()) or plain(self, n, t, *a))
     speech = engine.speak(Request(text="<|speaker:0|>One.\n<|speaker:1|>Two.", chunk_bytes=1, max_frames=6, seed=2))
     first, second = prompts
     frames = (second[0] >= engine.config.semantic_begin_id) & (second[0] <= engine.config.semantic_end_id)

@@ -6,6 +6,8 @@ import torch
 from test_runtime_golden import FOLDER, expected, request
 from test_runtime_linears import by_hand, int4_bound
 
+from s2quant.codec import CodecStream
+from s2quant.runtime import streaming
 from s2quant.runtime.engine import load_engine
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.speech import Request
@@ -119,3 +121,113 @@ def test_replayed_graphs_speak_as_the_plain_decoder(tiny_folder, num_slots):
             assert torch.equal(speech.codes, theirs[speech.index].codes)
             assert speech.stop_reason == theirs[speech.index].stop_reason
     assert fast._idle is not None and fast._idle._graphs
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_many_streams_on_the_gpu_are_each_the_whole_sound(tiny_folder, kind):
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=3, decoder=kind)
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=30 + 11 * n) for n in range(7)]
+    for _ in range(2):  # captured, then replayed
+        chunks = list(engine.stream_requests(requests))
+        for index, said in enumerate(requests):
+            mine = [chunk for chunk in chunks if chunk.index == index]
+            assert all(chunk.audio.device.type == "cpu" for chunk in mine)
+            assert torch.equal(mine[-1].speech.codes, engine.speak(said).codes)
+            sound = torch.cat([chunk.audio for chunk in mine])
+            torch.testing.assert_close(sound, engine.decode(mine[-1].speech.codes), atol=1e-4, rtol=0)
+
+
+def test_the_codec_does_not_hold_up_the_frames(tiny_folder, monkeypatch):
+    """While the codec's stream is kept busy, frames go on being made and no chunk is given out."""
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=2, decoder="fast")
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=40, ignore_end=True) for n in range(2)]
+    expected = {chunk.index: chunk.speech for chunk in engine.stream_requests(requests) if chunk.speech}
+    step, order = CodecStream.step, []
+
+    def slow(self, codes):
+        torch.cuda._sleep(int(2e9))  # cycles: about a second
+        return step(self, codes)
+
+    def noted(events):
+        for event in events:
+            order.append("event")
+            yield event
+
+    monkeypatch.setattr(CodecStream, "step", slow)
+    chunks = streaming.decoded(engine.codec, noted(engine.events(requests)), alone=False)
+    first = next(chunks)
+    assert len(order) > 20  # four frames of each were enough to ask for it; the frames went on meanwhile
+    found = {chunk.index: chunk.speech for chunk in (first, *chunks) if chunk.speech}
+    assert all(torch.equal(found[n].codes, expected[n].codes) for n in range(2))
+
+
+def test_a_kept_prefix_on_the_gpu_is_the_same_speech(tiny_folder):
+    from s2quant.prompt import Voice
+
+    voice = Voice(text="Said.", codes=torch.arange(10 * 60).view(10, 60) % 64)
+    requests = [Request(text=f"Number {n}.", voices=(voice,), seed=n, max_frames=30) for n in range(5)]
+    for kind in ("plain", "fast"):
+        for dtype in (torch.float32, torch.bfloat16):
+            without, kept = (
+                load_engine(tiny_folder, device="cuda", dtype=dtype, num_slots=2, decoder=kind, prefix_bytes=size)
+                for size in (0, 2**26)
+            )
+            theirs = {speech.index: speech for speech in without.generate(requests)}
+            for _ in range(2):
+                for speech in kept.generate(requests):
+                    assert torch.equal(speech.codes, theirs[speech.index].codes)
+            assert kept.prefixes.hits == 9 and without.prefixes.hits == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_a_lack_of_memory_under_a_limit_leaves_the_engine_usable(tiny_folder, kind):
+    from s2quant.errors import OutOfMemory
+    from s2quant.runtime.memory import CONTEXT_BYTES, limit_memory, release_memory
+
+    device = torch.device("cuda:0")
+    engine = load_engine(tiny_folder, device=device, dtype=torch.float32, num_slots=256, decoder=kind)
+    short = [Request(text=f"Number {n}.", seed=n, max_frames=20) for n in range(3)]
+    fresh = {speech.index: speech.codes for speech in engine.generate(short)}
+    engine.release()
+    try:
+        limit_memory(device, CONTEXT_BYTES + torch.cuda.memory_reserved(device) + 200e6)
+        many = [Request(text="Hi.", seed=n, max_frames=4000, ignore_end=True) for n in range(256)]
+        with pytest.raises(OutOfMemory, match="while speaking, up to 256"):
+            next(engine.generate(many))
+        again = {speech.index: speech.codes for speech in engine.generate(short)}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        release_memory()
+    assert all(torch.equal(again[n], fresh[n]) for n in fresh)
+
+
+def test_loading_to_the_gpu_holds_nothing_twice(tmp_path):
+    from s2quant.export.random import tiny_config, write_random
+    from s2quant.runtime.load import load_model
+
+    config = tiny_config()
+    sizes = {"dim": 1024, "head_dim": 64, "n_head": 16, "n_local_heads": 8, "intermediate_size": 3072}
+    config["text_config"] |= sizes | {"n_layer": 6}
+    config["audio_decoder_config"] |= sizes | {"text_dim": 1024, "n_layer": 1}
+    write_random(config, tmp_path / "larger", seed=0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_model(tmp_path / "larger", "cuda")
+    held = sum(tensor.nbytes for tensor in model.parameters())
+    assert held > 2e8 and torch.cuda.max_memory_allocated() - before < 1.3 * held
+
+
+def test_an_encoder_on_the_host_gives_the_same_codes(tiny_folder, tmp_path):
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(88200), 44100)
+    whole, lean = (load_engine(tiny_folder, device="cuda", encoder_on_host=host) for host in (False, True))
+    on_host = {name.split(".")[0] for name, weight in lean.codec.named_parameters() if not weight.is_cuda}
+    assert on_host == {"encoder", "quantizer"} and lean.codec.device.type == "cuda"
+    codes = whole.voice(tmp_path / "a.wav", "Said.").codes
+    for _ in range(2):
+        assert torch.equal(lean.voice(tmp_path / "a.wav", "Said.").codes, codes)
+        assert torch.equal(lean.decode(codes), whole.decode(codes))
+    assert {name.split(".")[0] for name, weight in lean.codec.named_parameters() if not weight.is_cuda} == on_host

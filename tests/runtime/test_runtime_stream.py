@@ -5,6 +5,7 @@ import torch
 
 from s2quant.codec import CodecStream
 from s2quant.errors import UserError
+from s2quant.runtime import streaming
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.speech import Request
@@ -89,3 +90,98 @@ def test_a_stream_takes_one_voice_or_several(engine, no_end, tmp_path):
     listed = torch.cat(list(engine.stream("Hi.", voice=[voice], max_frames=4)))
     none = torch.cat(list(engine.stream("Hi.", max_frames=4)))
     assert torch.equal(one, listed) and not torch.equal(one, none)
+
+
+MANY = [Request(text=f"Number {n}.", seed=n, max_frames=count) for n, count in enumerate((30, 3, 12, 75, 29))]
+
+
+def test_many_at_a_time_are_each_alone(engine, no_end):
+    chunks = list(engine.stream_requests(MANY))
+    assert chunks[0].index == 1 and {chunk.index for chunk in chunks[:4]} == {0, 1, 2, 3}  # side by side
+    for index, request in enumerate(MANY):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [chunk.speech is None for chunk in mine] == [True] * (len(mine) - 1) + [False]
+        speech = engine.speak(request)
+        assert torch.equal(mine[-1].speech.codes, speech.codes) and mine[-1].speech.index == index
+        whole = engine.decode(speech.codes)
+        torch.testing.assert_close(torch.cat([chunk.audio for chunk in mine]), whole, atol=1e-5, rtol=0)
+    sizes = [len(chunk.audio) // engine.codec.frame_size for chunk in chunks if chunk.index == 3]
+    assert sizes == [4, 8, 16, 32, 15]
+
+
+class Late(streaming._Decoding):
+    """A chunk that arrives some events after it was asked for."""
+
+    def __init__(self, clock, after, index, audio, speech):
+        super().__init__(index, audio, speech, None)
+        self.clock, self.due, self.waited = clock, clock[0] + after, False
+
+    def is_ready(self):
+        return self.clock[0] >= self.due
+
+    def chunk(self):
+        self.waited = not self.is_ready()
+        return super().chunk()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_nobody_waits_for_the_codec_but_for_the_first_sound_of_one_alone(engine, no_end, monkeypatch, alone):
+    clock, late = [0], []
+
+    class Slow(streaming.ChunkDecoder):
+        def take(self, event):
+            clock[0] += 1
+            return super().take(event)
+
+    def decoding(index, audio, speech, done):
+        late.append(Late(clock, 3, index, audio, speech))
+        return late[-1]
+
+    monkeypatch.setattr(streaming, "ChunkDecoder", Slow)
+    monkeypatch.setattr(streaming, "_Decoding", decoding)
+    request = Request(text="Hello.", seed=4, max_frames=20)
+    seen = [(clock[0], chunk) for chunk in streaming.decoded(engine.codec, engine.events([request]), alone)]
+    assert [when for when, _ in seen] == [4 if alone else 7, 15, 21]  # 4 and 12 frames, and 3 events more; the end
+    assert [one.waited for one in late] == [alone, False, True]
+    whole = engine.decode(seen[-1][1].speech.codes)
+    torch.testing.assert_close(torch.cat([chunk.audio for _, chunk in seen]), whole, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def pushes(monkeypatch):
+    """Note the shape [B, F] of everything that the codec's streams decode."""
+    seen, push = [], CodecStream.push
+    monkeypatch.setattr(CodecStream, "push", lambda self, c: (seen.append((len(c), c.shape[2])), push(self, c))[1])
+    return seen
+
+
+@pytest.mark.parametrize("limit", [512, 32])
+def test_chunks_of_many_are_decoded_together_and_sound_the_same(engine, no_end, pushes, monkeypatch, limit):
+    plain = streaming.ChunkDecoder
+    monkeypatch.setattr(streaming, "ChunkDecoder", lambda codec, grouped: plain(codec, grouped=True))
+    monkeypatch.setattr(streaming, "GROUP_FRAMES", limit)
+    chunks = list(engine.stream_requests(MANY))
+    assert (4, 4) in pushes or (3, 4) in pushes
+    assert all(batch * frames <= max(limit, frames) for batch, frames in pushes)
+    assert len(pushes) < sum(len(chunk.audio) > 0 for chunk in chunks)
+    for index, request in enumerate(MANY):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [chunk.speech is None for chunk in mine] == [True] * (len(mine) - 1) + [False]
+        sound, speech = torch.cat([chunk.audio for chunk in mine]), engine.speak(request)
+        assert torch.equal(mine[-1].speech.codes, speech.codes)
+        torch.testing.assert_close(sound, engine.decode(speech.codes), atol=1e-5, rtol=0)
+
+
+def test_streams_in_step_stay_one_group(engine, no_end, pushes, monkeypatch):
+    decoder = streaming.ChunkDecoder(engine.codec, grouped=True)
+    requests = [Request(text="Hi.", seed=n, max_frames=60, ignore_end=True) for n in range(4)]
+    streams = []
+    joined = CodecStream.joined
+    monkeypatch.setattr(CodecStream, "joined", lambda rows: (streams.append(joined(rows)), streams[-1])[1])
+    begun = [one for event in engine.events(requests) for one in decoder.take(event)] + decoder.flush()
+    assert [(b, f) for b, f in pushes if f in (4, 8, 16, 32)] == [(4, 4), (4, 8), (4, 16), (4, 32)]
+    assert len({id(stream.memory) for stream in streams[:4]}) == 1  # nothing is copied
+    for index in range(4):
+        sound = torch.cat([one.chunk().audio for one in begun if one.chunk().index == index])
+        codes = engine.speak(requests[index]).codes
+        torch.testing.assert_close(sound, engine.decode(codes), atol=1e-5, rtol=0)
