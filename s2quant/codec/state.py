@@ -62,6 +62,25 @@ def load_codec(path: str | Path, device: torch.device | str = "cpu", dtype: torc
     return codec_from_state(read_state(file), str(file)).to(device=device, dtype=dtype).eval()
 
 
+def read_codec_config(path: str | Path) -> CodecConfig:
+    """Read the sizes of a checkpoint's codec without building it.
+
+    Args:
+        path: A folder that holds codec.pth, or such a file.
+
+    Returns:
+        Its sizes.
+
+    Raises:
+        UserError: The file is absent or cannot be read, or its sizes do not fit together.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    state = unwrap_state(read_state(file))
+    return config_from_state({key: value for key, value in state.items() if isinstance(value, Tensor)})
+
+
 def codec_from_state(state: Mapping[str, Any], source: str = "the state dict") -> Codec:
     """Build the codec that a codec.pth's tensors are.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines
 from s2quant.calibrate.sequences import CalibrationSet, load_set, make_batches, make_sequences, save_set
 from s2quant.checkpoint.reader import Checkpoint
-from s2quant.codec import load_codec
+from s2quant.codec import load_codec, read_codec_config
 from s2quant.errors import UserError
 from s2quant.files import check_new
 from s2quant.prompt import Tokenizer
@@ -85,9 +85,11 @@ def calibration_set(
     if any(line.voice is not None for line in lines):
         codec = load_codec(checkpoint.folder, device=codec_device or device)
     report("calibration speech", 0, len(lines))
-    engine = Engine(
-        load_model(checkpoint, device), Tokenizer.load(checkpoint.folder, checkpoint.config), codec, num_slots=num_slots
-    )
+    sizes = {}  # a checkpoint without a codec still calibrates, with the released one's codebooks
+    if codec is None and (checkpoint.folder / "codec.pth").exists():
+        sizes["residual_size"] = read_codec_config(checkpoint.folder).residual_size
+    tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
+    engine = Engine(load_model(checkpoint, device), tokenizer, codec, num_slots=num_slots, **sizes)
     made = make_sequences(
         engine,
         lines,

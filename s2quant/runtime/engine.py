@@ -61,6 +61,7 @@ class Engine:
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
+        residual_size: Entries of a residual codebook where there is no codec to say it; by default 1024.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -74,6 +75,7 @@ class Engine:
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
         prefix_bytes: int = PREFIX_BYTES,
+        residual_size: int = 1024,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -85,8 +87,9 @@ class Engine:
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
-        residual = codec.config.residual_size if codec is not None else 1024
-        self.residual_size = min(residual, self.config.codebook_size)
+        if codec is not None:
+            residual_size = codec.config.residual_size
+        self.residual_size = min(residual_size, self.config.codebook_size)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 

@@ -25,8 +25,10 @@ from folder_cases import (
 )
 from safetensors.torch import load_file
 
+from s2quant.calibrate.sequences import load_set
 from s2quant.checkpoint.config import S2Config
 from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.codec import CodecConfig, random_codec_state
 from s2quant.errors import UserError, VerificationError
 from s2quant.export import quantized as quantized_module
 from s2quant.export.card import LICENSE_NOTICE
@@ -344,6 +346,17 @@ def test_input_that_fails_before_anything_is_finished_leaves_nothing(tiny_folder
     with pytest.raises(UserError, match=r"text_model\.model\.norm has 128 NaN"):
         quantize_checkpoint(options(model, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_calibration_draws_no_code_that_the_codec_lacks(tiny_folder: Path, tmp_path: Path) -> None:
+    small = CodecConfig(**vars(CodecConfig.tiny()) | {"residual_size": 32})
+    model = link_copy(tiny_folder, tmp_path / "model")
+    (model / "codec.pth").unlink()
+    torch.save(random_codec_state(small, 0), model / "codec.pth")
+    stored = tmp_path / "calibration.safetensors"
+    quantize_checkpoint(options(model, tmp_path, calibration=stored))
+    codes = torch.cat([sequence[2:].flatten() for sequence in load_set(stored, 10).sequences])
+    assert 16 < codes.max() < 32
 
 
 def test_calibration_set_is_made_once_and_used_again(tiny_folder: Path, tmp_path: Path) -> None:
