@@ -124,7 +124,7 @@ def _group_tables(tokens: Any) -> list[Table]:
     }
     rows = [*groups, whole]
     ends = [figure(get(tokens, "im_end", f"baseline_{where}"), "fraction") for where in ("at_end", "before")]
-    note = f" (the baseline's: {ends[0]} % and {ends[1]} %)" if None not in ends else ""
+    note = f"; its own end token has {ends[0]} % at the true end and {ends[1]} % before it" if None not in ends else ""
     names = [f"Residual {row.get('codebook')}" for row in residual]
     return [
         Table(
