@@ -240,8 +240,8 @@ def _measure_tokens(
         "floor": folder_arm(options.baseline, device, floor_dtype(dtype), options.linears, hashes["baseline"]),
     }
     groups = _groups(options, open_checkpoint(options.model))
-    sequences = _sequences(plan, store)
-    size = _residual_size(options.baseline)
+    sequences = read_sequences(plan, store)
+    size = residual_size(options.baseline)
     cache = store.work / "tokens"
 
     def told(what: str, done: int, total: int) -> None:
@@ -254,8 +254,16 @@ def _measure_tokens(
     return measure_arms(baseline, arms, sequences, size, cache) if ranks.is_first else {}
 
 
-def _sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
-    """Read what the baseline read and spoke; clips without a frame have nothing to be scored."""
+def read_sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
+    """Read what the baseline read and spoke; clips without a frame have nothing to be scored.
+
+    Args:
+        plan: The plan.
+        store: The run's folder, with the baseline's clips.
+
+    Returns:
+        The sequences, named by `Job.stem`.
+    """
     clips, found = store.clips(), []
     for job in plan.jobs("baseline"):
         clip = clips[job.key]
@@ -266,8 +274,15 @@ def _sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
     return found
 
 
-def _residual_size(folder: Path) -> int:
-    """Count the entries of a residual codebook that can be drawn, as `Engine` does."""
+def residual_size(folder: Path) -> int:
+    """Count the entries of a residual codebook that can be drawn, as `Engine` does.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The number.
+    """
     return min(load_codec(folder).config.residual_size, open_checkpoint(folder).config.codebook_size)
 
 
