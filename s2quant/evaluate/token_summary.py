@@ -189,7 +189,7 @@ def summarise_groups(
     Args:
         groups: The groups.
         num_quantized: For each, how many of its modules are quantized.
-        damages: For each, a damage per utterance.
+        damages: For each, a damage per utterance, one at least.
 
     Returns:
         The rows `layer_groups` of the section `tokens`; `kl_residual` has one entry per residual codebook.

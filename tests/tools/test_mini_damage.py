@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,13 @@ def test_the_whole_run_its_order_and_what_is_kept(tiny_folder: Path, tmp_path: P
     (tmp_path / "out" / "speech" / "rtn-2" / "run.json").write_text("{}")
     with pytest.raises(UserError, match="spoken by something else"):
         damage.run(options(tiny_folder, tmp_path))
+
+
+def test_a_model_that_says_nothing_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    chosen = options(tiny_folder, tmp_path)
+    plan = SimpleNamespace(jobs=lambda arm: [])
+    with pytest.raises(UserError, match="spoke not one frame"):
+        damage.measure_tokens(chosen, plan, damage.Store(folder=tmp_path), {})
 
 
 def test_every_method_and_bits_make_a_recipe_that_loads(tmp_path: Path) -> None:

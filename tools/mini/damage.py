@@ -247,6 +247,8 @@ def measure_tokens(
     """Measure every checkpoint on what the bf16 model spoke; by groups of layers too, if that is wanted."""
     dtype, cache = getattr(torch, options.dtype), options.out / "tokens"
     sequences, size = read_sequences(plan, store), residual_size(options.model)
+    if not sequences:
+        raise UserError(f"{options.model} spoke not one frame", "a model that speaks", "train it, or take another one")
     base = folder_arm(options.model, options.device, dtype, "reference")
     arms = {name: folder_arm(path, options.device, dtype, "reference") for name, path in folders.items()}
     arms["floor"] = folder_arm(options.model, options.device, floor_dtype(dtype), "reference")
