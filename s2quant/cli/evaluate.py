@@ -33,6 +33,10 @@ def add(commands: Any) -> None:
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument("--slots", type=int, default=8, metavar="N", help="utterances in progress at a time")
+    command.add_argument(
+        "--layer-groups", type=int, metavar="N",
+        help="token damage of N groups of Slow AR blocks and of the Fast AR, each alone; holds both models in memory",
+    )  # fmt: skip
     command.add_argument("--no-report", action="store_true", help="write records and results only")
     command.add_argument("--json", action="store_true", help="print JSON")
     add_quiet(command)
@@ -67,6 +71,7 @@ def _eval(options: argparse.Namespace) -> int:
                 asr_model=_official_or_absolute(options.asr_model),
                 similarity_model=options.similarity_model,
                 num_slots=options.slots,
+                layer_groups=options.layer_groups,
             ),
             report,
         )

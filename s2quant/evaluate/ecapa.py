@@ -1,7 +1,8 @@
 """The speaker model of seed-tts-eval: an ECAPA-TDNN over the hidden states of WavLM-large.
 
-The hidden states of all layers are summed with softmax weights, normalized per clip, and go through a convolution,
-three squeeze-and-excitation Res2 blocks with growing dilation, and attentive statistics pooling to 256 numbers.
+The inputs of all blocks and the normed output of the last are summed with softmax weights, normalized per clip, and go
+through a convolution, three squeeze-and-excitation Res2 blocks with growing dilation, and attentive statistics pooling
+to 256 numbers.
 WavLM is that of transformers; sizes are read from the checkpoint, names are brought from its layout to ours, and a
 key that is missing or left over is an error.
 
@@ -12,8 +13,9 @@ and are those of WavLM-large: the strides of the convolutions and the longest di
 Legend: B batch, S samples at 16 kHz, T positions, D width of WavLM, C channels, L layers.
 
 Sources: https://github.com/BytedanceSpeech/seed-tts-eval/blob/752f4297f090c46bb1a55a1f7439e5944ddefe8d/
-thirdparty/UniSpeech/downstreams/speaker_verification/models/ecapa_tdnn.py; Desplanques et al. 2020,
-arXiv 2005.07143; Chen et al. 2021, arXiv 2110.13900 (WavLM).
+thirdparty/UniSpeech/downstreams/speaker_verification/models/ecapa_tdnn.py, which takes the hidden states from
+https://github.com/s3prl/s3prl/blob/ec8064b5889f81ca460fbe2c094ce576a6f120b7/s3prl/upstream/wavlm/expert.py;
+Desplanques et al. 2020, arXiv 2005.07143; Chen et al. 2021, arXiv 2110.13900 (WavLM).
 """
 
 from __future__ import annotations
@@ -145,15 +147,19 @@ class WavLMEcapa(nn.Module):
             float32 [B, E], not normalized.
         """
         scaled = F.layer_norm(audio, audio.shape[-1:])  # WavLM-large takes clips of mean 0 and variance 1
-        states = torch.stack(self.wavlm(scaled, output_hidden_states=True).hidden_states)  # [L, B, T, D]
+        seen = self.wavlm(scaled, output_hidden_states=True)
+        # The output of the last block counts after the final norm; whether transformers gives it so depends on its
+        # version.
+        assert len(seen.hidden_states) == len(self.feature_weight)
+        states = torch.stack([*seen.hidden_states[:-1], seen.last_hidden_state])  # [L + 1, B, T, D]
         weights = self.feature_weight.softmax(dim=0)[:, None, None, None]
         x = F.instance_norm((weights * states).sum(dim=0).transpose(1, 2) + 1e-6)  # [B, D, T]
         x = self.first(x)
-        seen = []
+        outputs = []
         for block in self.blocks.values():
             x = block(x)
-            seen.append(x)
-        x = F.relu(self.conv(torch.cat(seen, dim=1)))
+            outputs.append(x)
+        x = F.relu(self.conv(torch.cat(outputs, dim=1)))
         shares = torch.softmax(self.weigh(torch.tanh(self.attend(x))), dim=2)
         mean = (shares * x).sum(dim=2)
         spread = ((shares * x.square()).sum(dim=2) - mean.square()).clamp(min=1e-9).sqrt()

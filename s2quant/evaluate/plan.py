@@ -40,6 +40,8 @@ class EvalOptions:
         asr_model: Recognizer's file, instead of the suite's.
         similarity_model: Speaker model's file or folder, instead of the suite's.
         num_slots: Utterances in progress at a time.
+        layer_groups: Into how many groups of Slow AR blocks the token damage is split, the Fast AR being one more;
+            None for no split.
     """
 
     suite: Path
@@ -57,6 +59,7 @@ class EvalOptions:
     asr_model: str | None = None
     similarity_model: str | None = None
     num_slots: int = 8
+    layer_groups: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,12 @@ def make_plan(options: EvalOptions) -> EvalPlan:
     seeds = suite.seeds if options.seeds is None else options.seeds
     chosen = suite.metrics if metrics is None else tuple(name for name in METRICS if name in metrics)
     has_baseline = options.baseline is not None
+    if options.layer_groups is not None and not (has_baseline and "tokens" in chosen):
+        raise UserError(
+            f"--layer-groups {options.layer_groups} without " + ("--metrics tokens" if has_baseline else "--baseline"),
+            "token metrics, which compare two models",
+            "add it, or leave --layer-groups out",
+        )
     floor_seeds = _floor_seeds(seeds, suite.floor_seeds) if has_baseline else ()
     arms: tuple[Arm, ...] = ("baseline", "model") if has_baseline else ("model",)
     return EvalPlan(

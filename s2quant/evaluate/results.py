@@ -7,7 +7,8 @@
     statistics       level, num_resamples, cluster_by
     metrics          rows [name, unit, better, backend, baseline, model, floor, delta, interval, floor_delta, ...]
     failures         rows [kind, mcnemar_p, arms {arm: count, n, interval}]
-    tokens           codebooks, im_end, confidence, ... of `summarise_tokens`, or null
+    tokens           codebooks, im_end, confidence, ... of `summarise_tokens`, or null; in it layer_groups, rows of
+                     `summarise_groups`, or null
     speed            device, rows [arm, concurrency, rtf, ...], or null
     breakdown        by lang, length, tags: rows [group, n, baseline, model, delta, interval]
     worst            [utterance, seed], the worst first, or null without anything to judge by
@@ -187,6 +188,10 @@ def write_summary(path: Path, results: Mapping[str, Any]) -> None:
             rows.append(
                 {"section": "tokens", "name": name, "unit": unit, "model": row[key], "floor": floor, "n": row["n"]}
             )
+    for row in (results["tokens"] or {}).get("layer_groups") or ():
+        for key in ("kl_semantic", "kl_residual_mean"):
+            name = f"{key} of layers {row['name']}"
+            rows.append({"section": "tokens", "name": name, "unit": "nats", "model": row[key], "n": row["n"]})
     for row in rows:
         for column in ("interval", "floor_interval"):
             low, high = row.pop(column, None) or (None, None)

@@ -23,6 +23,7 @@ from s2quant.codec import load_codec
 from s2quant.errors import UserError, shorten_list
 from s2quant.evaluate.asr import RATE_HZ, load_asr
 from s2quant.evaluate.generate import Progress, generate
+from s2quant.evaluate.layer_groups import LayerGroup, count_quantized, group_arms, make_groups
 from s2quant.evaluate.plan import EvalOptions, EvalPlan, make_plan
 from s2quant.evaluate.ranks import Ranks, find_ranks
 from s2quant.evaluate.results import build_results, write_summary
@@ -31,7 +32,7 @@ from s2quant.evaluate.similarity import load_similarity
 from s2quant.evaluate.stats import binomial_interval, smallest_detectable
 from s2quant.evaluate.store import Store, load_array
 from s2quant.evaluate.token_cache import floor_dtype, folder_arm, measure_arms
-from s2quant.evaluate.token_summary import summarise_tokens
+from s2quant.evaluate.token_summary import summarise_groups, summarise_tokens
 from s2quant.evaluate.tokens import TokenDamage, TokenSequence
 from s2quant.evaluate.wer import score
 from s2quant.files import atomic_file, check_new, read_json, write_json
@@ -122,6 +123,7 @@ def _begin(options: EvalOptions, plan: EvalPlan, progress: Progress) -> None:
         raise UserError(f"{options.out} holds no run", "the folder of a stopped run", "name another --out")
     checkpoints = {name: open_checkpoint(folder) for name, folder in _folders(options).items()}
     _check_sizes(checkpoints, options)
+    _groups(options, checkpoints["model"])
     progress("loading what listens", 0, 1)
     backends = _check_backends(options, plan)
     progress("hashing the checkpoints", 0, 1)
@@ -174,6 +176,14 @@ def _check_sizes(checkpoints: Mapping[str, Checkpoint], options: EvalOptions) ->
             "two models of the same sizes and token ids",
             "compare a quantized model with the checkpoint that it was made of",
         )
+
+
+def _groups(options: EvalOptions, checkpoint: Checkpoint) -> list[LayerGroup]:
+    """Name the groups of layers that are asked for; none when the damage is not split."""
+    if options.layer_groups is None:
+        return []
+    config = checkpoint.config
+    return make_groups(config.slow.n_layer, config.fast.n_layer, options.layer_groups)
 
 
 def _check_backends(options: EvalOptions, plan: EvalPlan) -> Backends:
@@ -230,20 +240,31 @@ def _measure_tokens(
         "model": folder_arm(options.model, device, dtype, options.linears, hashes["model"]),
         "floor": folder_arm(options.baseline, device, floor_dtype(dtype), options.linears, hashes["baseline"]),
     }
-    sequences = _sequences(plan, store)
-    size = _residual_size(options.baseline)
+    groups = _groups(options, open_checkpoint(options.model))
+    sequences = read_sequences(plan, store)
+    size = residual_size(options.baseline)
     cache = store.work / "tokens"
 
     def told(what: str, done: int, total: int) -> None:
         progress(f"token metrics, {what}", done, total)
 
-    measure_arms(baseline, arms, ranks.share(sequences), size, cache, told, keep_answers=ranks.world > 1)
+    with group_arms(baseline, arms["model"], groups) as more:
+        arms |= more
+        measure_arms(baseline, arms, ranks.share(sequences), size, cache, told, keep_answers=ranks.world > 1)
     ranks.wait()
     return measure_arms(baseline, arms, sequences, size, cache) if ranks.is_first else {}
 
 
-def _sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
-    """Read what the baseline read and spoke; clips without a frame have nothing to be scored."""
+def read_sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
+    """Read what the baseline read and spoke; clips without a frame have nothing to be scored.
+
+    Args:
+        plan: The plan.
+        store: The run's folder, with the baseline's clips.
+
+    Returns:
+        The sequences, named by `Job.stem`.
+    """
     clips, found = store.clips(), []
     for job in plan.jobs("baseline"):
         clip = clips[job.key]
@@ -254,8 +275,15 @@ def _sequences(plan: EvalPlan, store: Store) -> list[TokenSequence]:
     return found
 
 
-def _residual_size(folder: Path) -> int:
-    """Count the entries of a residual codebook that can be drawn, as `Engine` does."""
+def residual_size(folder: Path) -> int:
+    """Count the entries of a residual codebook that can be drawn, as `Engine` does.
+
+    Args:
+        folder: The checkpoint.
+
+    Returns:
+        The number.
+    """
     return min(load_codec(folder).config.residual_size, open_checkpoint(folder).config.codebook_size)
 
 
@@ -303,10 +331,22 @@ def _finish(
     arms: dict[Arm, Any] = {"model": facts["arms"]["model"]}
     if "baseline" in plan.arms:
         arms |= {"baseline": facts["arms"]["baseline"], "floor": facts["arms"]["baseline"]}
-    tokens = summarise_tokens(damages.get("model", []), damages.get("floor", []))
+    tokens = _summarise_tokens(options, damages)
     results = build_results(plan, records, backends, arms=arms, tokens=tokens, speed=speed, provenance=provenance)
     for name, table in (("results.json", results), ("manifest.json", provenance)):
         with atomic_file(options.out / name, overwrite=True) as partial:
             write_json(partial, table)
     write_summary(options.out / "summary.csv", results)
     return results
+
+
+def _summarise_tokens(options: EvalOptions, damages: Mapping[str, list[TokenDamage]]) -> dict[str, Any] | None:
+    """Make the section `tokens` of results.json."""
+    found = summarise_tokens(damages.get("model", []), damages.get("floor", []))
+    if found is None:
+        return None
+    checkpoint = open_checkpoint(options.model)
+    groups = _groups(options, checkpoint)
+    counts = count_quantized(checkpoint, groups) if groups else []
+    rows = summarise_groups(groups, counts, [damages[group.name] for group in groups])
+    return found | {"layer_groups": rows or None}

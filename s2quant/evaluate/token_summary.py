@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from s2quant.evaluate.layer_groups import LayerGroup
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenDamage
 
 CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -180,26 +181,35 @@ def _by_confidence(damages: Sequence[TokenDamage]) -> list[dict[str, Any]]:
     ]
 
 
-def summarise_layers(layers: Sequence[range], damages: Sequence[Sequence[TokenDamage]]) -> list[dict[str, Any]]:
+def summarise_groups(
+    groups: Sequence[LayerGroup], num_quantized: Sequence[int], damages: Sequence[Sequence[TokenDamage]]
+) -> list[dict[str, Any]]:
     """Pool the damages of groups of layers.
 
     Args:
-        layers: The groups.
-        damages: For each, what `layer_damage` gave.
+        groups: The groups.
+        num_quantized: For each, how many of its modules are quantized.
+        damages: For each, a damage per utterance, one at least.
 
     Returns:
-        For each group: its layers, the semantic KL and agreement, and the mean KL over all residual codes.
+        The rows `layer_groups` of the section `tokens`; `kl_residual` has one entry per residual codebook.
     """
     rows = []
-    for group, some in zip(layers, damages, strict=True):
-        books = _codebooks(some)
-        residual = np.concatenate([one.residual_kl.ravel() for one in some])
+    for group, count, some in zip(groups, num_quantized, damages, strict=True):
+        semantic, *residual = _codebooks(some)
         rows.append(
             {
-                "layers": list(group),
-                "kl_semantic": books[0]["kl_mean"],
-                "top1_agreement": books[0]["top1_agreement"],
-                "kl_residual": mean_or_none(residual),
+                "name": group.name,
+                "part": group.part,
+                "layers": list(group.layers),
+                "num_quantized": count,
+                "n": semantic["n"],
+                "kl_semantic": semantic["kl_mean"],
+                "kl_semantic_p90": semantic["kl_p90"],
+                "top1_agreement": semantic["top1_agreement"],
+                "kl_residual": [row["kl_mean"] for row in residual],
+                "kl_residual_mean": mean_or_none(np.concatenate([one.residual_kl.ravel() for one in some])),
+                "im_end": _im_end(some),
             }
         )
     return rows

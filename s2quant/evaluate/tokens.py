@@ -15,8 +15,7 @@ C semantic codes and im_end, R entries of a residual codebook.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.checkpoint.config import S2Config
@@ -349,70 +348,3 @@ def token_metrics(
     """
     check_sequences(baseline.config, sequences, residual_size)
     return [token_damage(teacher_forced(baseline, one, residual_size), model, one, residual_size) for one in sequences]
-
-
-@contextmanager
-def swapped_layers(target: DualAR, source: DualAR, layers: range, part: Part = "slow") -> Iterator[None]:
-    """Give a model another one's layers within a block; in place, and undone at the end.
-
-    Args:
-        target: The model that is changed.
-        source: Whose layers it borrows; on the same device.
-        layers: Which.
-        part: "slow" or "fast".
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UserError: A layer does not exist.
-    """
-    ours, theirs = _layers(target, part), _layers(source, part)
-    if not all(0 <= index < min(len(ours), len(theirs)) for index in layers):
-        raise UserError(f"layers {layers} of the {part} AR", f"layers 0 to {len(ours) - 1}", "name layers that exist")
-    kept = {index: ours[index] for index in layers}
-    try:
-        for index in layers:
-            ours[index] = theirs[index]
-        yield
-    finally:
-        for index, layer in kept.items():
-            ours[index] = layer
-
-
-def _layers(model: DualAR, part: Part) -> nn.ModuleList:
-    return (model.slow if part == "slow" else model.fast).layers
-
-
-def layer_damage(
-    baseline: DualAR,
-    model: DualAR,
-    sequences: Sequence[TokenSequence],
-    layers: Sequence[range],
-    residual_size: int,
-    part: Part = "slow",
-) -> list[list[TokenDamage]]:
-    """Measure groups of layers one at a time: the baseline with only that group replaced by the arm's.
-
-    Args:
-        baseline: The model that spoke the sequences; the same again when this returns.
-        model: The other arm, on the same device.
-        sequences: What the baseline spoke.
-        layers: The groups.
-        residual_size: R.
-        part: Whose layers: "slow" or "fast".
-
-    Returns:
-        For each group, one damage per sequence.
-
-    Raises:
-        UserError: A sequence cannot be scored, or a layer does not exist.
-    """
-    check_sequences(baseline.config, sequences, residual_size)
-    found: list[list[TokenDamage]] = [[] for _ in layers]
-    for one in sequences:
-        reference = teacher_forced(baseline, one, residual_size)
-        for group, damages in zip(layers, found, strict=True):
-            with swapped_layers(baseline, model, group, part):
-                damages.append(token_damage(reference, baseline, one, residual_size))
-    return found

@@ -18,7 +18,7 @@ from s2quant.files import check_new
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.recipe import Recipe
-from s2quant.runtime.engine import Engine
+from s2quant.runtime.engine import RELEASED_RESIDUAL_SIZE, Engine
 from s2quant.runtime.load import load_model
 
 Report = Callable[[str, int, int], None]
@@ -85,11 +85,12 @@ def calibration_set(
     if any(line.voice is not None for line in lines):
         codec = load_codec(checkpoint.folder, device=codec_device or device)
     report("calibration speech", 0, len(lines))
-    sizes = {}  # a checkpoint without a codec still calibrates, with the released one's codebooks
-    if codec is None and (checkpoint.folder / "codec.pth").exists():
-        sizes["residual_size"] = read_codec_config(checkpoint.folder).residual_size
+    residual_size = RELEASED_RESIDUAL_SIZE
+    if (checkpoint.folder / "codec.pth").exists():  # a checkpoint without one still calibrates
+        residual_size = read_codec_config(checkpoint.folder).residual_size
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
-    engine = Engine(load_model(checkpoint, device), tokenizer, codec, num_slots=num_slots, **sizes)
+    model = load_model(checkpoint, device)
+    engine = Engine(model, tokenizer, codec, num_slots=num_slots, residual_size=residual_size)
     made = make_sequences(
         engine,
         lines,

@@ -14,6 +14,7 @@ from typing import Any
 from s2quant.report.format import bounds, figure, finite, unit_name
 
 WIDTH = 360.0
+LETTER = 6.5  # width of a letter of a label, on average
 Number = float | None
 
 
@@ -342,8 +343,10 @@ def columns(
         chart.label(tick_text(tick, scale, unit), 40, scale(tick) + 4, "end")
     step = (WIDTH - 50) / len(categories)
     bars = [row for row in series if row.shape == "bar"]
+    stride = math.ceil(max(map(len, categories)) * LETTER / step)  # of the words that fit; tooltips have all
     for place, name in enumerate(categories):
-        chart.label(name, 46 + step * (place + 0.5), 182)
+        if place % stride == 0:
+            chart.label(name, 46 + step * (place + 0.5), 182)
         for row in series:
             _column(chart, scale, row, place, step, bars, f"{name}, {row.name}: ", unit)
     return chart

@@ -1,4 +1,4 @@
-"""What the token metrics say: tables and plots per codebook and by the baseline's confidence."""
+"""What the token metrics say: tables and plots per codebook, by the baseline's confidence and by group of layers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ BOOK_HEAD = (
     "KL, own hidden state",
     "KL, baseline's hidden state",
 )
+GROUP_HEAD = (
+    "Layers",
+    "Quantized modules",
+    "Semantic KL mean, nats",
+    "p90",
+    "Top-1 agreement, %",
+    "Residual KL mean, nats",
+    "End token at the true end, %",
+    "before it, %",
+)
 
 
 def token_tables(run: Run) -> list[Table]:
@@ -40,7 +50,7 @@ def token_tables(run: Run) -> list[Table]:
         run: The evaluation.
 
     Returns:
-        Per codebook, at the end of speech, and by confidence; those that were measured.
+        Per codebook, at the end of speech, by confidence and by group of layers; those that were measured.
     """
     tokens = run.results.get("tokens")
     frames = fixed(get(tokens, "num_frames"), 0)
@@ -53,7 +63,7 @@ def token_tables(run: Run) -> list[Table]:
     if rows := [_bucket(row) for row in get(tokens, "confidence") or []]:
         head = ("Baseline's confidence, %", "Frames", "KL mean, nats", "Top-1 agreement, %")
         tables.append(Table(caption="Semantic codebook by the baseline's confidence", head=head, rows=rows))
-    return tables
+    return [*tables, *_group_tables(tokens)]
 
 
 def _codebook(row: dict[str, Any]) -> tuple[Cell, ...]:
@@ -94,6 +104,67 @@ def _bucket(row: dict[str, Any]) -> tuple[Cell, ...]:
     )
 
 
+def _group_tables(tokens: Any) -> list[Table]:
+    """Damage of each group of layers alone, and of all of them: two tables, or none where it was not split."""
+    groups: Sequence[dict[str, Any]] = get(tokens, "layer_groups") or []
+    if not groups:
+        return []
+    semantic, *residual = get(tokens, "codebooks") or [{}]
+    every = [row.get("kl_mean") for row in residual]
+    known = [value for value in map(finite, every) if value is not None]
+    whole = {
+        "name": "all",
+        "num_quantized": sum(int(row.get("num_quantized") or 0) for row in groups),
+        "kl_semantic": semantic.get("kl_mean"),
+        "kl_semantic_p90": semantic.get("kl_p90"),
+        "top1_agreement": semantic.get("top1_agreement"),
+        "kl_residual": every,
+        "kl_residual_mean": sum(known) / len(known) if known and len(known) == len(every) else None,
+        "im_end": get(tokens, "im_end"),
+    }
+    rows = [*groups, whole]
+    ends = [figure(get(tokens, "im_end", f"baseline_{where}"), "fraction") for where in ("at_end", "before")]
+    note = f"; its own end token has {ends[0]} % at the true end and {ends[1]} % before it" if None not in ends else ""
+    names = [f"Residual {row.get('codebook')}" for row in residual]
+    return [
+        Table(
+            caption="Token damage by group of layers: the baseline with that group quantized alone" + note,
+            head=GROUP_HEAD,
+            rows=[_group(row) for row in rows],
+        ),
+        Table(
+            caption="KL of the residual codebooks by group of layers, nats",
+            head=("Layers", *names),
+            rows=[(group_name(row), *map(adaptive, row.get("kl_residual") or [None] * len(names))) for row in rows],
+        ),
+    ]
+
+
+def _group(row: dict[str, Any]) -> tuple[Cell, ...]:
+    ends = [figure(get(row, "im_end", f"model_{where}"), "fraction") for where in ("at_end", "before")]
+    kls = [adaptive(row.get(key)) for key in ("kl_semantic", "kl_semantic_p90")]
+    return (
+        group_name(row),
+        fixed(row.get("num_quantized"), 0),
+        *kls,
+        figure(row.get("top1_agreement"), "fraction"),
+        adaptive(row.get("kl_residual_mean")),
+        *ends,
+    )
+
+
+def group_name(row: dict[str, Any]) -> str:
+    """Name a group of layers.
+
+    Args:
+        row: Its entry in results.json.
+
+    Returns:
+        Such as "Slow 0\u20138", "Fast" or "All".
+    """
+    return str(row.get("name") or "?").replace("-", "\u2013").capitalize()
+
+
 def _range(row: dict[str, Any]) -> str:
     low, high = finite(row.get("low")), finite(row.get("high"))
     return f"{100 * (low or 0):.0f}\u2013{100 * (1 if high is None else high):.0f}"
@@ -110,6 +181,7 @@ def token_charts(run: Run) -> list[Chart]:
     """
     books: Sequence[dict[str, Any]] = get(run.results, "tokens", "codebooks") or []
     buckets: Sequence[dict[str, Any]] = get(run.results, "tokens", "confidence") or []
+    groups: Sequence[dict[str, Any]] = get(run.results, "tokens", "layer_groups") or []
     names, ranges = [str(row.get("codebook")) for row in books], [_range(row) for row in buckets]
 
     def of(rows: Sequence[dict[str, Any]], key: str) -> list[Number]:
@@ -168,6 +240,15 @@ def token_charts(run: Run) -> list[Chart]:
             [Series(name="model", style="model", shape="dot", values=of(buckets, "top1_agreement"))],
             "fraction",
             False,
+        ),
+        columns(
+            "Damage by group of layers",
+            "KL in nats of the baseline with one group of layers quantized, block numbers of the Slow AR below",
+            [group_name(row).removeprefix("Slow ") for row in groups],
+            [
+                Series(name="semantic", style="model", shape="bar", values=of(groups, "kl_semantic")),
+                Series(name="residual, mean", style="baseline", shape="bar", values=of(groups, "kl_residual_mean")),
+            ],
         ),
     ]
     return [chart for chart in charts if chart is not None]

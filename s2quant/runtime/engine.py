@@ -46,6 +46,7 @@ from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
 DecoderKind = Literal["plain", "fast"]
+RELEASED_RESIDUAL_SIZE = 1024  # entries of a residual codebook of the released codec
 DECODERS = ("plain", "fast")
 
 
@@ -61,7 +62,7 @@ class Engine:
             graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
-        residual_size: Entries of a residual codebook where there is no codec to say it; by default 1024.
+        residual_size: Entries of a residual codebook where there is no codec to say it.
 
     Raises:
         UserError: num_slots is not positive, or the decoder is unknown.
@@ -75,7 +76,7 @@ class Engine:
         num_slots: int = 8,
         decoder: DecoderKind = "plain",
         prefix_bytes: int = PREFIX_BYTES,
-        residual_size: int = 1024,
+        residual_size: int = RELEASED_RESIDUAL_SIZE,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")

@@ -13,6 +13,8 @@ from run_cases import records, write_suite
 
 from s2quant.cli import main
 
+GROUPS = ("--layer-groups", "2")
+
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
@@ -43,7 +45,7 @@ def call(launcher, arguments):
 def finished(suite, tmp_path_factory, tiny_folder, tiny_quantized):
     """A run by pocketsphinx and resemblyzer, in one process."""
     out = tmp_path_factory.mktemp("one") / "run"
-    return out, call([], words(suite, out, tiny_folder, tiny_quantized))
+    return out, call([], words(suite, out, tiny_folder, tiny_quantized, *GROUPS))
 
 
 def test_the_report_holds_what_was_measured(finished, tiny_folder, tiny_quantized):
@@ -61,6 +63,7 @@ def test_the_report_holds_what_was_measured(finished, tiny_folder, tiny_quantize
     page, plain = (out / "report.html").read_text("utf-8"), (out / "report.md").read_text("utf-8")
     divergence = results["tokens"]["codebooks"][0]["kl_mean"]
     assert divergence > 0
+    assert sum(row["num_quantized"] for row in results["tokens"]["layer_groups"]) == 17
     for text in (page, plain):
         assert "WER (corpus)" in text
         assert results["suite"]["asr"] in text
@@ -84,7 +87,7 @@ def test_two_processes_give_the_same_records(finished, suite, tmp_path, tiny_fol
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
     ]  # fmt: skip
     out = tmp_path / "run"
-    done = call(launcher, words(suite, out, tiny_folder, tiny_quantized))
+    done = call(launcher, words(suite, out, tiny_folder, tiny_quantized, *GROUPS))
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (out / "work").glob("clips-*")} == {"clips-000.jsonl", "clips-001.jsonl"}
     assert records(out) == records(finished[0])

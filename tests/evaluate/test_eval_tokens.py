@@ -7,82 +7,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from token_cases import pooled, quantized
 
 from s2quant.errors import UserError
 from s2quant.evaluate import token_cache, tokens
 from s2quant.evaluate.token_cache import Arm, floor_dtype, folder_arm, measure_arms, model_key, sequence_key
-from s2quant.evaluate.token_summary import summarise_layers, summarise_tokens, utterance_summary
+from s2quant.evaluate.token_summary import summarise_tokens, utterance_summary
 from s2quant.evaluate.tokens import (
     TokenDamage,
     TokenSequence,
-    layer_damage,
-    swapped_layers,
     teacher_forced,
     token_damage,
     token_metrics,
 )
-from s2quant.prompt import Voice
-from s2quant.quantize.rtn import rtn_quantize
-from s2quant.recipe import LinearSettings
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.load import load_model
 from s2quant.runtime.speech import Request
-
-TEXTS = ("Good morning.", "The train leaves at nine.", "Please close the door.")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_folder):
-    return load_engine(tiny_folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def baseline(engine):
-    return engine.model
-
-
-@pytest.fixture(scope="module")
-def size(engine):
-    return engine.residual_size
-
-
-@pytest.fixture(scope="module")
-def sequences(engine):
-    """Four utterances, one with a voice in its prompt; the last one is made to end where it stands."""
-    voice = Voice(text="Hello.", codes=torch.arange(60).view(6, 10).T.contiguous() % 50)
-    requests = [Request(text=text, seed=5 + i, max_frames=14) for i, text in enumerate(TEXTS)]
-    requests.append(Request(text="Who is there?", seed=9, max_frames=10, voices=(voice,)))
-    found = []
-    for speech in sorted(engine.generate(requests), key=lambda speech: speech.index):
-        found.append(
-            TokenSequence(
-                id=f"utt-{speech.index}",
-                tokens=engine.spoken_sequence(requests[speech.index], [speech.codes]),
-                num_frames=speech.codes.shape[1],
-                ended=speech.stop_reason == "end",
-            )
-        )
-    found[-1] = dataclasses.replace(found[-1], ended=True)
-    assert sum(one.num_frames for one in found) > 25
-    return found
-
-
-def quantized(model, bits, parts=("slow", "fast")):
-    """A copy with the linears of its layers rounded to nearest in groups of 32."""
-    model = copy.deepcopy(model)
-    settings = LinearSettings(method="rtn", bits=bits, group_size=32)
-    for part in parts:
-        for module in getattr(model, part).layers.modules():
-            if isinstance(module, nn.Linear):
-                weight, _ = rtn_quantize(module.weight, settings)
-                module.weight = nn.Parameter(weight.dequantize(module.weight.dtype), requires_grad=False)
-    return model
-
-
-def pooled(damages, name="kl"):
-    return np.concatenate([getattr(one, name).ravel() for one in damages])
-
 
 # ---- the numbers ---------------------------------------------------------------------------------------------------
 
@@ -236,39 +175,6 @@ def test_rounding_is_a_floor_far_below_four_bits(tiny_folder, sequences, size):
     for row in summary["codebooks"]:
         assert 0 < row["floor_kl_mean"] < row["kl_mean"] / 10
     assert floor_dtype(torch.bfloat16) == torch.float32 and floor_dtype(torch.float32) == torch.bfloat16
-
-
-# ---- layers --------------------------------------------------------------------------------------------------------
-
-
-def test_layer_groups_add_nothing_where_nothing_changed_and_are_undone(baseline, sequences, size):
-    model = copy.deepcopy(baseline)
-    damaged = quantized(baseline, 2, ["slow"])
-    model.slow.layers[2] = damaged.slow.layers[2]
-    before = list(baseline.slow.layers)
-    groups = [range(0, 2), range(2, 3), range(3, 4), range(0, 4)]
-    found = layer_damage(baseline, model, sequences[:2], groups, size)
-    assert list(baseline.slow.layers) == before
-    rows = summarise_layers(groups, found)
-    assert [row["layers"] for row in rows] == [[0, 1], [2], [3], [0, 1, 2, 3]]
-    assert rows[0]["kl_semantic"] == rows[2]["kl_semantic"] == 0
-    assert rows[1]["kl_semantic"] == rows[3]["kl_semantic"] > 0
-    assert rows[1]["kl_residual"] == float(
-        pooled(token_metrics(baseline, model, sequences[:2], size), "residual_kl").mean(dtype=float)
-    )
-    fast = layer_damage(baseline, quantized(baseline, 3), sequences[:1], [range(0, 1), range(0, 2)], size, "fast")
-    assert not pooled(fast[1], "kl").any() and pooled(fast[1], "residual_kl").mean() > 0
-
-
-def test_layers_are_put_back_after_an_error_and_must_exist(baseline):
-    other = copy.deepcopy(baseline)
-    before = list(baseline.slow.layers)
-    with pytest.raises(RuntimeError, match="stop"), swapped_layers(baseline, other, range(1, 3)):
-        assert baseline.slow.layers[1] is other.slow.layers[1]
-        raise RuntimeError("stop")
-    assert list(baseline.slow.layers) == before
-    with pytest.raises(UserError, match="layers 0 to 3"), swapped_layers(baseline, other, range(3, 5)):
-        pass
 
 
 # ---- summaries -----------------------------------------------------------------------------------------------------

@@ -246,6 +246,24 @@ def tokens() -> dict:
         "confidence": buckets,
         "num_frames": 34210,
         "im_end": {"baseline_at_end": 0.871, "model_at_end": 0.858, "baseline_before": 0.0031, "model_before": 0.0034},
+        "layer_groups": [group(0, 11), group(12, 23), group(24, 35), group(0, 3, "fast")],
+    }
+
+
+def group(first: int, last: int, part: str = "slow") -> dict:
+    kl = 0.0 if part == "fast" else 0.002 * (1 + first)
+    return {
+        "name": part if part == "fast" else f"slow {first}-{last}",
+        "part": part,
+        "layers": list(range(first, last + 1)),
+        "num_quantized": 0 if part == "fast" else 57,
+        "n": 34210,
+        "kl_semantic": kl,
+        "kl_semantic_p90": 2 * kl,
+        "top1_agreement": 1 - kl,
+        "kl_residual": [kl * n for n in range(1, 10)],
+        "kl_residual_mean": 5 * kl,
+        "im_end": {"model_at_end": 0.871 - kl, "model_before": 0.0031 + kl / 100},
     }
 
 

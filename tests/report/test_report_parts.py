@@ -1,5 +1,7 @@
 """Figures, plots and spectrograms, each by itself."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -105,3 +107,13 @@ def test_a_spectrogram_shows_pitch_level_and_silence():
 @pytest.mark.parametrize(("rate_hz", "kind"), [(44100, "mpeg"), (16000, "mpeg"), (96000, "flac"), (8000, "mpeg")])
 def test_audio_uses_what_its_rate_allows(rate_hz, kind):
     assert audio_uri(sine(440, rate_hz)).startswith(f"data:audio/{kind};base64,")
+
+
+def test_labels_of_many_columns_do_not_run_into_each_other():
+    names = [str(number) for number in range(40)]
+    chart = columns("t", "c", names, [Series(name="s", style="model", shape="bar", values=[1.0] * 40)])
+    labels = [mark for mark in chart.marks if mark.kind == "text" and mark.text in names and mark.attrs["y"] == 182]
+    assert len(labels) < 40 and labels[0].text == "0"
+    places = [mark.attrs["x"] for mark in labels]
+    assert min(b - a for a, b in itertools.pairwise(places)) > 13
+    assert {mark.text.split(",")[0] for mark in chart.marks if mark.kind == "rect"} == set(names)  # tooltips have all

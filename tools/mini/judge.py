@@ -182,17 +182,23 @@ def transcribe(clips: list[Clip], path: Path, device: str) -> None:
             clip.heard = text.strip()
 
 
-def transcribe_pocketsphinx(clips: list[Clip], out: Path) -> None:
-    """Read all clips by pocketsphinx, a fresh decoder for every kind and voice (it carries state along)."""
-    from pocketsphinx import Decoder
+def write_language_model(path: Path) -> None:
+    """Write an n-gram model of the grammar's sentences, in ARPA format."""
     from pocketsphinx.lm import ArpaBoLM
 
     texts = itertools.islice(grammar.sentences(7, "train"), 20000)
     corpus = "\n".join(" ".join(grammar.words_of(text)) for text in texts)
     model = ArpaBoLM(sentfile=io.StringIO(corpus), add_start=True)
     model.compute()
-    path = out / "grammar.arpa"
     model.write_file(str(path))
+
+
+def transcribe_pocketsphinx(clips: list[Clip], out: Path) -> None:
+    """Read all clips by pocketsphinx, a fresh decoder for every kind and voice (it carries state along)."""
+    from pocketsphinx import Decoder
+
+    path = out / "grammar.arpa"
+    write_language_model(path)
     order = sorted(clips, key=lambda clip: (clip.kind, clip.voice))
     silence = np.zeros(SAMPLE_RATE // 5, np.int16)
     for _, group in itertools.groupby(order, key=lambda clip: (clip.kind, clip.voice)):

@@ -1,22 +1,22 @@
 """Write ecapa.json: what the public speaker model of seed-tts-eval gives for small random weights.
 
-    python make_ecapa.py --upstream DIR     # a checkout of BytedanceSpeech/seed-tts-eval, with thirdparty/UniSpeech
+    python make_ecapa.py --upstream DIR --s3prl DIR
 
-The public code takes WavLM from s3prl, which gives the inputs of all layers and the output of the last as hidden
-states, of clips normalized to mean 0 and variance 1 (s3prl/upstream/wavlm/expert.py at
-0fb2953385f183f910d7d048edfcf852e8c4c004); `Upstream` does the same around the WavLM of UniSpeech. torchaudio, which
-the code imports for features that are not used here, is not needed. The weights are not stored: `random_state` makes
-them again from names and shapes.
+DIR are checkouts of BytedanceSpeech/seed-tts-eval, with thirdparty/UniSpeech, and of s3prl/s3prl, from which its code
+takes WavLM by `torch.hub`; here a random small one in s3prl's own wrapper, which chooses the hidden states. What these
+import and is not used here (torchaudio, the printing of s3prl) is not needed. The weights are not stored:
+`random_state` makes them again from names and shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -67,56 +67,56 @@ def clip() -> np.ndarray:
     return np.asarray(0.2 * tones + 0.01 * noise, dtype=np.float32)
 
 
-def load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def package(name: str, folder: Path, **contents) -> None:
+    """Let modules of a folder be imported as those of a package, without its `__init__`."""
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [str(folder)]
+    vars(sys.modules[name]).update(contents)
+
+
+def commit_of(folder: Path) -> str:
+    command = ["git", "-C", folder, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def small_wavlm(s3prl: Path) -> torch.nn.Module:
+    """Give s3prl's wrapper of WavLM a small model."""
+    for name in ("s3prl", "s3prl.upstream", "s3prl.upstream.wavlm"):
+        package(name, s3prl / name.replace(".", "/"))
+    package("s3prl.utility", s3prl / "s3prl" / "utility")
+    package("s3prl.utility.helper", s3prl, show=print)
+    wavlm = importlib.import_module("s3prl.upstream.wavlm.WavLM")
+    expert = importlib.import_module("s3prl.upstream.wavlm.expert")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "wavlm.pt"
+        torch.save({"cfg": WAVLM, "model": wavlm.WavLM(wavlm.WavLMConfig(WAVLM)).state_dict()}, path)
+        return expert.UpstreamExpert(str(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--upstream", type=Path, required=True)
-    upstream = parser.parse_args().upstream
+    parser.add_argument("--s3prl", type=Path, required=True)
+    options = parser.parse_args()
     torch.manual_seed(0)
     np.random.seed(0)
-    unispeech = upstream / "thirdparty" / "UniSpeech"
     for name in ("torchaudio", "torchaudio.transforms"):
         sys.modules[name] = types.ModuleType(name)
-    load("modules", unispeech / "WavLM" / "modules.py")
-    wavlm = load("WavLM", unispeech / "WavLM" / "WavLM.py")
-    ecapa = load("ecapa_tdnn", unispeech / "downstreams" / "speaker_verification" / "models" / "ecapa_tdnn.py")
-
-    class Upstream(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = wavlm.WavLM(wavlm.WavLMConfig(WAVLM))
-
-        def forward(self, wavs):
-            wavs = torch.stack([torch.nn.functional.layer_norm(wav, wav.shape) for wav in wavs])
-            states = []
-            layers = self.model.encoder.layers
-            hooks = [
-                layer.register_forward_pre_hook(lambda _, given: states.append(given[0].transpose(0, 1).clone()))
-                for layer in layers
-            ]
-            last, _ = self.model.extract_features(wavs, padding_mask=torch.zeros_like(wavs, dtype=torch.bool))
-            for hook in hooks:
-                hook.remove()
-            return {"hidden_states": [*states, last]}
-
-    torch.hub.load = lambda *_: Upstream()
+    package("models", options.upstream / "thirdparty/UniSpeech/downstreams/speaker_verification/models")
+    sys.modules["models.utils"] = types.ModuleType("models.utils")  # needs fairseq, and is for another model
+    sys.modules["models.utils"].UpstreamExpert = None
+    ecapa = importlib.import_module("models.ecapa_tdnn")
+    torch.hub.load = lambda *_: small_wavlm(options.s3prl)
     model = ecapa.ECAPA_TDNN_SMALL(feat_dim=WAVLM["encoder_embed_dim"], feat_type="wavlm_large").eval()
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(random_state(shapes))
     with torch.no_grad():
         embedding = model(torch.from_numpy(clip())[None])[0]
-    commit = ["git", "-C", upstream, "rev-parse", "HEAD"]
     out = {
         "provenance": {
             "repository": "BytedanceSpeech/seed-tts-eval",
-            "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+            "commit": commit_of(options.upstream),
+            "s3prl": commit_of(options.s3prl),
             "torch": torch.__version__,
             "sizes": WAVLM,
             "note": CHANNELS_NOTE,
