@@ -44,6 +44,7 @@ CONFIG = CodecConfig(
 SCALES = ((2048, 160), (1024, 80), (512, 40), (256, 20), (128, 10))  # window, mel bands
 FLOOR = 1e-4  # -80 dB of full scale: below it the mel loss sees silence
 RESTART_EVERY, USAGE_DECAY = 50, 0.98
+PHONE_WEIGHT = 4.0
 RESTART_SHARE = 1 / 32  # of a codebook's entries, at most, at a time
 
 
@@ -192,7 +193,7 @@ class Trainer:
         mel = self.mel(self.decode(latent)[:, 0].float(), wav[:, 0])
         book = self.codec.quantizer.semantic_quantizer.quantizers[0]
         phone, accuracy = self.phones(book.in_proj(latent), labels)
-        norm = self._update(15 * mel + 2 * phone)
+        norm = self._update(15 * mel + PHONE_WEIGHT * phone)
         return {
             "mel": mel.detach(),
             "phone": phone.detach(),
@@ -209,7 +210,7 @@ class Trainer:
         phone, accuracy = self.phones(point, labels)
         scale = q.rows.detach().square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6  # each codebook counts the same
         commitment = ((q.rows.detach() - q.projected).square() / scale).mean()
-        norm = self._update(15 * mel + 2 * phone + 0.5 * commitment)
+        norm = self._update(15 * mel + PHONE_WEIGHT * phone + 0.5 * commitment)
         self.follow(q.codes, q.projected.detach())
         return {
             "mel": mel.detach(), "phone": phone.detach(), "accuracy": accuracy, "norm": norm,
@@ -240,9 +241,15 @@ class Trainer:
 
     @torch.no_grad()
     def restart_unused(self, projected: Tensor) -> int:
-        """Move entries that nothing chooses onto points [B, N, d, F] of the last step; gives how many moved."""
+        """Move entries that nothing chooses onto points [B, N, d, F] of the last step; gives how many moved.
+
+        Not those of the first codebook: with all of its entries in use, what tells most of them apart is the noise of
+        the synthesizer's vocoder, which nobody can predict from a text.
+        """
         moved = 0
         for number, book in enumerate(self.books):
+            if number == 0:
+                continue
             size = book.codebook.num_embeddings
             usage = self.usage[number, :size]
             most = max(1, int(size * RESTART_SHARE))
@@ -338,8 +345,9 @@ class Trainer:
 
 
 @torch.no_grad()
-def encode_all(codec: Codec, speech: Speech, batch_frames: int = 24576) -> Tensor:
+def encode_all(codec: Codec, speech: Speech, batch_frames: int | None = None) -> Tensor:
     """Encode every utterance on its own, as a reference recording would be: int16 [N, all F], on the host."""
+    batch_frames = batch_frames or (24576 if codec.device.type == "cuda" else 256)  # caches of a CPU are small
     codes = torch.zeros(codec.num_codebooks, int(speech.frames.sum()), dtype=torch.int16)
     order, starts = np.argsort(speech.frames, kind="stable"), speech.frame_starts
     sound = speech.framed(0)
