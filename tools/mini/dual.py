@@ -257,7 +257,8 @@ class Trainer:
         losses = Losses(self.model, table, fast_every)
         self.plain_losses = losses  # for checks: compiling them without gradients would cost half a minute
         self.losses = torch.compile(losses, dynamic=False) if compiled else losses
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu", cache_enabled=False)
+        quick = self.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=quick, cache_enabled=False)
         named = [(name, p) for name, p in self.model.named_parameters()]
         matrices = [p for name, p in named if ".layers." in name and p.ndim == 2]
         others = [p for name, p in named if not (".layers." in name and p.ndim == 2)]
