@@ -18,6 +18,7 @@ from mini_cases import write_parts
 from torch.nn import functional
 
 from s2quant import load_codec, load_engine
+from s2quant.checkpoint.config import S2Config
 from s2quant.codec import CodecConfig
 from s2quant.prompt import Tokenizer, build_prompt
 
@@ -168,7 +169,7 @@ def test_the_tokenizer_gives_words_whole(tokenizer: Tokenizer) -> None:
     assert tokenizer.num_semantic == 512
 
 
-@pytest.mark.parametrize("kind", list(prompts.KINDS))
+@pytest.mark.parametrize("kind", list(prompts.KINDS | prompts.EASY_KINDS))
 def test_training_sequences_are_prompts_and_answers(data: Path, tokenizer: Tokenizer, kind: str) -> None:
     source = spoken(data)
     conversation, utterances = prompts.draw_conversation(source, random.Random(1), kind)
@@ -228,6 +229,22 @@ def test_rows_hold_whole_conversations_and_the_loss_is_the_models(
     frames = [number[int(place)] for place in places if alone[0, 0, place] != tokenizer.im_end_id]
     expected = functional.cross_entropy(whole.fast_logits[frames, 1:].flatten(0, 1), whole.codes[frames, 1:].flatten())
     assert torch.allclose(found["residual"], expected, atol=1e-4)
+
+
+def test_training_begins_with_one_turn(data: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    easy = prompts.pack(spoken(data), tokenizer, 2, dual.LENGTH, "test", easy=True)
+    mixed = prompts.pack(spoken(data), tokenizer, 2, dual.LENGTH, "test")
+    np.savez(tmp_path / "rows-001.npz", easy=np.array(False), **mixed)
+    rows = dual.Rows(tmp_path, "cpu")
+    rows.refresh()
+    config, generator = S2Config.from_json(SMALL_DUAL), torch.Generator().manual_seed(0)
+    assert rows.draw(1, 64, config, generator, (0.0,), easy=True)["tokens"].shape[0] == 1  # there is none yet
+    np.savez(tmp_path / "rows-002.npz", easy=np.array(True), **easy)
+    rows.refresh()
+    drawn = [rows.draw(1, 64, config, generator, (0.0,), easy=True)["tokens"][0].short() for _ in range(8)]
+    assert all(any(torch.equal(row, torch.from_numpy(known)) for known in easy["tokens"]) for row in drawn)
+    answers = [(easy["document"][0] == n).sum() - easy["target"][0][easy["document"][0] == n].sum() for n in range(3)]
+    assert max(answers) < 60  # a prompt of one turn without references is short
 
 
 def test_the_dual_ar_learns_and_speaks(data: Path, tokenizer: Tokenizer, tmp_path: Path, log: common.Log) -> None:

@@ -38,6 +38,7 @@ SHARD_BYTES = 10_000_000
 LENGTH = 512  # positions of a training row
 WRONG_FRAMES = (0.03, 0.35)  # share replaced, in half of the rows each
 PHONE_WEIGHT = 1.0
+EASY_UNTIL = 0.35  # share of the time in which only conversations of one turn are read
 
 
 def config_json(
@@ -186,6 +187,7 @@ class Rows:
         self.document: list[Tensor] = []
         self.target: list[Tensor] = []
         self.phones: list[Tensor] = []
+        self.easy: list[bool] = []
 
     def refresh(self) -> int:
         """Load chunks that have appeared; gives how many rows there are."""
@@ -197,14 +199,25 @@ class Rows:
                 self.document.append(torch.from_numpy(data["document"]).to(self.device))
                 self.target.append(torch.from_numpy(data["target"]).to(self.device))
                 self.phones.append(torch.from_numpy(data["phones"]).to(self.device))
+                self.easy.append(bool(data["easy"]) if "easy" in data else False)
             self.seen.add(path.name)
         return sum(len(chunk) for chunk in self.tokens)
 
     def draw(
-        self, batch: int, num_targets: int, config: S2Config, generator: torch.Generator, wrong: tuple[float, ...]
+        self,
+        batch: int,
+        num_targets: int,
+        config: S2Config,
+        generator: torch.Generator,
+        wrong: tuple[float, ...],
+        easy: bool = False,
     ) -> dict[str, Tensor]:
-        """One batch, drawn on the device from one chunk; each row gets one of the shares `wrong` of replaced frames."""
-        chunk = int(torch.randint(len(self.tokens), (1,)))
+        """One batch, drawn on the device from one chunk; each row gets one of the shares `wrong` of replaced frames.
+
+        With `easy` from a chunk of conversations of one turn, if there is one already.
+        """
+        chunks = [number for number, is_easy in enumerate(self.easy) if is_easy or not easy] or [*range(len(self.easy))]
+        chunk = chunks[int(torch.randint(len(chunks), (1,)))]
         index = torch.randint(len(self.tokens[chunk]), (batch,), device=self.device, generator=generator)
         tokens, document = self.tokens[chunk][index].long(), self.document[chunk][index].long()
         target = self.target[chunk][index]
@@ -309,9 +322,9 @@ class Trainer:
         for buffer in self.muon.buffers:
             buffer.zero_()
 
-    def draw(self, rows: Rows, wrong: tuple[float, ...] = WRONG_FRAMES) -> dict[str, Tensor]:
+    def draw(self, rows: Rows, wrong: tuple[float, ...] = WRONG_FRAMES, easy: bool = False) -> dict[str, Tensor]:
         """One batch of the sizes trained with."""
-        return rows.draw(self.batch, self.num_targets, self.config, self.generator, wrong)
+        return rows.draw(self.batch, self.num_targets, self.config, self.generator, wrong, easy)
 
     def train(self, rows: Rows, check: Rows, budget: Budget, muon_rate: float, adam_rate: float, save: Any) -> None:
         """Train for a stretch of time; `save()` is called now and then, and at the end."""
@@ -320,7 +333,7 @@ class Trainer:
             factor = cosine(budget.fraction)
             self.rate.fill_(adam_rate * factor)
             self.muon_rate.fill_(muon_rate * factor)
-            out = step(**self.draw(rows))
+            out = step(**self.draw(rows, easy=budget.fraction < EASY_UNTIL))
             budget.steps += 1
             if budget.steps % 200 == 0:
                 self.log("train", step=budget.steps, part_done=budget.fraction, **{k: float(v) for k, v in out.items()})

@@ -33,6 +33,10 @@ from s2quant.prompt.build import conversation
 
 DEFAULT_VOICES = VOICES  # of speakers 0 to 3, when a text has speaker marks and no references
 KINDS = {"clone": 40, "plain": 22, "speakers": 12, "dialogue": 16, "history": 10}
+# Told apart so that training can begin with them: among references and earlier turns it takes several times as long
+# until the model finds the words that it has to say.
+EASY_KINDS = {"plain": 30, "speaker": 70}
+EASY_SHARE = 0.3  # of the chunks
 CHUNK_ROWS = 1000  # small, so that training begins soon
 AHEAD = (0, 3)  # frames; four phonemes of each are the labels of a position
 
@@ -96,8 +100,8 @@ def draw_conversation(spoken: Spoken, rng: random.Random, kind: str | None = Non
     history: list[tuple[str, Tensor]] = []
     if kind == "plain":
         turns: list[tuple[int | None, int]] = [(None, pick(DEFAULT_VOICE))]
-    elif kind == "speakers":
-        speakers = [rng.randrange(len(VOICES)) for _ in range(rng.choice((1, 1, 2, 3)))]
+    elif kind in ("speaker", "speakers"):
+        speakers = [rng.randrange(len(VOICES)) for _ in range(rng.choice((1, 1, 2, 3)) if kind == "speakers" else 1)]
         turns = [(s, pick(DEFAULT_VOICES[s])) for s in speakers]
     elif kind == "dialogue":
         names = rng.sample(VOICES, 2)
@@ -135,7 +139,9 @@ def encode(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
     return tokens, part.codes.shape[1] + 1
 
 
-def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: str) -> dict[str, np.ndarray]:
+def pack(
+    spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: str, easy: bool = False
+) -> dict[str, np.ndarray]:
     """Fill rows with conversations: tokens int16 [R, 1+N, T], document, target [R, T], phones uint8 [R, T, H].
 
     The line end behind the last im_end is left out: nothing follows from it. Padding is a document of its own.
@@ -155,7 +161,8 @@ def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: st
             if fits is None:
                 if len(waiting) >= 6:
                     break
-                drawn, utterances = draw_conversation(spoken, rng)
+                kind = rng.choices(list(EASY_KINDS), list(EASY_KINDS.values()))[0] if easy else None
+                drawn, utterances = draw_conversation(spoken, rng, kind)
                 block, goal = encode(drawn, tokenizer)
                 labels = spoken.phones_of(utterances)
                 assert len(labels) == goal, (len(labels), goal)
@@ -175,10 +182,10 @@ def pack(spoken: Spoken, tokenizer: Tokenizer, count: int, length: int, seed: st
 _shared: dict[str, tuple[Spoken, Tokenizer]] = {}
 
 
-def _write_chunk(job: tuple[str, Path, int, int, int, int]) -> None:
-    key, out, number, count, length, seed = job
+def _write_chunk(job: tuple[str, Path, int, int, int, int, bool]) -> None:
+    key, out, number, count, length, seed, easy = job
     torch.set_num_threads(1)
-    rows = pack(*_shared[key], count, length, f"rows {seed} {number}")
+    rows = pack(*_shared[key], count, length, f"rows {seed} {number}", easy) | {"easy": np.array(easy)}
     partial = out / f"rows-{number:03d}.tmp.npz"
     np.savez(partial, **rows)
     partial.rename(out / f"rows-{number:03d}.npz")
@@ -205,8 +212,12 @@ def main() -> None:
         speech = Speech(args.data, "cpu", split, with_audio=False)
         speech.refresh()
         _shared[split] = Spoken.of(speech, load_codes(args.codes, **{split: speech})[split]), tokenizer
-    jobs = [("validation", args.out, 0, args.rows // 2, args.length, args.seed)]
-    jobs += [("train", args.out, number, args.rows, args.length, args.seed) for number in range(1, args.chunks + 1)]
+    jobs = [("validation", args.out, 0, args.rows // 2, args.length, args.seed, False)]
+    easy = max(1, round(EASY_SHARE * args.chunks))
+    jobs += [
+        ("train", args.out, number, args.rows, args.length, args.seed, number <= easy)
+        for number in range(1, args.chunks + 1)
+    ]
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         for done, _ in enumerate(pool.imap_unordered(_write_chunk, jobs), 1):
             if done in (1, args.processes, len(jobs)):
