@@ -86,6 +86,8 @@ def _gate_obstacle(module: nn.Module) -> str | None:
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if isinstance(first, TritonLinear) and isinstance(second, TritonLinear):
+        if (first.bits, first.group_size) != (second.bits, second.group_size):
+            return "w1 and w3 of different bits or group sizes"
         orders = [linear.order for linear in (first, second)]
         if all(order is None for order in orders):
             return None
@@ -134,16 +136,7 @@ def _linear(module: nn.Module) -> _Linear:
     from s2quant.runtime.kernels.linear import Weight
 
     if isinstance(module, TritonLinear):
-        packed = module.packed
-        weight = Weight(
-            kind="w4",
-            first=packed.words,
-            second=packed.scales,
-            out_features=packed.out_features,
-            in_features=packed.in_features,
-            group_size=packed.group_size,
-        )
-        return _Linear(weight=weight, place=packed.place)
+        return _Linear(weight=Weight.of(module.packed), place=module.packed.place)
     assert isinstance(module, nn.Linear), module
     return _dense(module.weight.detach())
 
@@ -165,9 +158,21 @@ def _dense(weight: Tensor, second: Tensor | None = None, out_features: int | Non
     )
 
 
+def _residual_head(output: nn.Module, residual_size: int) -> _Linear:
+    """Give the rows of the Fast AR's head that the codec has entries for."""
+    from s2quant.runtime.kernels.layout import first_outputs
+    from s2quant.runtime.kernels.linear import Weight
+
+    if isinstance(output, TritonLinear):
+        packed = first_outputs(output.packed, residual_size)
+        return _Linear(weight=Weight.of(packed), place=packed.place)
+    assert isinstance(output, nn.Linear), output
+    return _dense(output.weight.detach()[:residual_size])
+
+
 def _pair(block: Block) -> _Linear:
     """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too."""
-    from s2quant.runtime.kernels.layout import pair_w4
+    from s2quant.runtime.kernels.layout import pair
     from s2quant.runtime.kernels.linear import Weight
 
     gate: nn.Module = block.feed_forward
@@ -176,19 +181,10 @@ def _pair(block: Block) -> _Linear:
         if isinstance(first, nn.Linear):
             return _dense(first.weight.detach(), second.weight.detach())
         assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
-        gate = PairedFeedForward(TritonLinear(pair_w4(first.packed, second.packed)), block.feed_forward.w2)
+        gate = PairedFeedForward(TritonLinear(pair(first.packed, second.packed)), block.feed_forward.w2)
         block.feed_forward = gate
     packed = gate.pair.packed
-    weight = Weight(
-        kind="w4",
-        first=packed.words,
-        second=packed.scales,
-        out_features=packed.out_features,
-        in_features=packed.in_features,
-        group_size=packed.group_size,
-        gated=True,
-    )
-    return _Linear(weight=weight, place=packed.place)
+    return _Linear(weight=Weight.of(packed, gated=True), place=packed.place)
 
 
 def _layer(block: Block) -> _Layer:
@@ -249,7 +245,7 @@ class FusedFrame:
             )
             self.fast = _Stack(
                 layers=[_layer(block) for block in _blocks(fast.layers)],
-                head=_dense(fast.output.weight.detach()[:residual_size]),
+                head=_residual_head(fast.output, residual_size),
                 norm=fast.norm.weight.detach(),
                 eps=model.config.fast.norm_eps,
                 hidden=torch.zeros(rows, model.config.fast.dim, device=device),
@@ -406,7 +402,7 @@ class FusedFrame:
         then = Then(
             epilogue="residual",
             out=self.x,
-            place=None if last else stack.layers[number + 1].qkv.place,
+            place=stack.head.place if last else stack.layers[number + 1].qkv.place,
             hidden=stack.hidden,
             norm=stack.norm if last else stack.layers[number + 1].attention_norm,
             squares_out=after,

@@ -96,6 +96,11 @@ class Warp:
             case "lop3.b32":
                 assert values[3][0] == 0xEA  # (a & b) | c
                 return (first & values[1]) | values[2]
+            case "sub.rn.bf16x2":
+                halves = [low - high for low, high in zip(_bf16_pair(first), _bf16_pair(values[1]), strict=True)]
+                words = [half.view(np.uint32) for half in halves]
+                assert not any((word & np.uint32(0xFFFF)).any() for word in words), "exact in bf16"
+                return (words[0] >> np.uint32(16)) | words[1]
             case "sub.s32":
                 return first - values[1]
             case "add.s64":

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from s2quant.layers import apply_rotary, rotary_table
-from s2quant.runtime.kernels.layout import pack_w4, pair_w4, unpack_w4
+from s2quant.runtime.kernels.layout import pack, pair, unpack
 from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic
 from s2quant.sampling import Sampling
 
@@ -54,18 +54,16 @@ def weight_of(kind, out_features, in_features, gated, group_size=32):
     """Give a kernel weight and the matrices it stands for, inputs in its order."""
     from s2quant.runtime.kernels.linear import Weight
 
-    first, second = (cases.quantized_weight(out_features, in_features, group_size, seed=seed) for seed in (1, 2))
+    bits = 8 if kind == "w8" else 4
+    first, second = (
+        cases.quantized_weight(out_features, in_features, group_size, bits=bits, seed=seed) for seed in (1, 2)
+    )
     second = type(second)(**{**vars(second), "g_idx": first.g_idx})
-    packed = [pack_w4(part.to(DEVICE)) for part in (first, second)]
-    matrices = [unpack_w4(part) for part in packed][: 2 if gated else 1]
+    packed = [pack(part.to(DEVICE)) for part in (first, second)]
+    matrices = [unpack(part) for part in packed][: 2 if gated else 1]
     rows = out_features * (2 if gated else 1)
-    if kind == "w4":
-        whole = pair_w4(*packed) if gated else packed[0]
-        made = Weight(
-            kind="w4", first=whole.words, second=whole.scales, out_features=rows, in_features=in_features,
-            group_size=group_size, gated=gated,
-        )  # fmt: skip
-        return made, matrices
+    if kind != "bf16":
+        return Weight.of(pair(*packed) if gated else packed[0], gated), matrices
     stored = [matrix.bfloat16() for matrix in matrices]
     made = Weight(
         kind="bf16", first=stored[0], second=stored[1] if gated else None, out_features=rows, in_features=in_features,
@@ -89,7 +87,7 @@ def shape_of(weight, rows, tiles=1, columns=8):
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize(("rows", "tiles", "columns"), [(1, 1, 8), (3, 2, 8), (9, 1, 8), (17, 2, 2)])
 def test_a_product_is_stored_scaled(kind, rows, tiles, columns):
     from s2quant.runtime.kernels.linear import Then, linear
@@ -104,18 +102,19 @@ def test_a_product_is_stored_scaled(kind, rows, tiles, columns):
 
 
 @kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
 @pytest.mark.parametrize("group_size", [64, 128])
-def test_larger_groups(group_size):
+def test_larger_groups(kind, group_size):
     from s2quant.runtime.kernels.linear import Then, linear
 
-    weight, (matrix,) = weight_of("w4", 32, 256, False, group_size)
+    weight, (matrix,) = weight_of(kind, 32, 256, False, group_size)
     out = poisoned(2, 32)
     linear(weight, x_of(2, 256), 2, Then(epilogue="store", out=out), shape_of(weight, 2))
     assert relative(out, x_of(2, 256)[:2].double() @ matrix.double().T) < 1e-5
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
     from s2quant.runtime.kernels.linear import Then, linear
@@ -131,7 +130,7 @@ def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 def test_a_residual_prepares_the_next_norm(kind):
     from s2quant.runtime.kernels.linear import Then, linear
 
@@ -293,13 +292,14 @@ def _end_of(ignored, semantic):
 
 
 @kernel
-def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows():
-    from s2quant.runtime.kernels.dequantize import dequantize_w4
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows(bits):
+    from s2quant.runtime.kernels.dequantize import dequantize
     from s2quant.runtime.linears import make_linear
 
-    weight = cases.quantized_weight(40, 128, seed=4).to(DEVICE)
-    packed = pack_w4(weight)
-    assert relative(dequantize_w4(packed), unpack_w4(packed)) < 6e-3
+    weight = cases.quantized_weight(40, 128, bits=bits, seed=4).to(DEVICE)
+    packed = pack(weight)
+    assert relative(dequantize(packed), unpack(packed)) < 6e-3
     linear = make_linear(weight, torch.bfloat16, "triton")
     assert linear.backend == "triton"
     exact = weight.dequantize().double()

@@ -26,6 +26,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, early_options
+from s2quant.runtime.kernels.layout import Packed
 from s2quant.runtime.kernels.ptx import COLUMNS, STEP, TILE, Body, Kind, ask, multiply, num_registers
 
 Epilogue = Literal["store", "gate", "residual"]
@@ -45,7 +46,7 @@ def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.conste
 
 
 @triton.jit
-def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr):
+def _rows_packed(words, scales, row, inputs, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
     """Read [16, S] of a packed weight."""
     steps = K // 128
     tile = row // 16
@@ -53,13 +54,20 @@ def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr
     g = row % 8
     step = inputs // 128
     t = inputs % 32 // 8
-    word = ((tile[:, None] * steps + step[None, :]) * 2 + (inputs % 128 // 64)[None, :]) * 128
-    word += (g[:, None] * 4 + t[None, :]) * 4 + (inputs % 64 // 32 * 2 + inputs % 8 // 4)[None, :]
-    shift = 4 * (high[:, None] + 2 * (inputs % 4 // 2)[None, :]) + 16 * (inputs % 2)[None, :]
-    code = (tl.load(words + word) >> shift) & 15
+    lane = g[:, None] * 4 + t[None, :]
+    if BITS == 4:
+        word = ((tile[:, None] * steps + step[None, :]) * 2 + (inputs % 128 // 64)[None, :]) * 128
+        word += lane * 4 + (inputs % 64 // 32 * 2 + inputs % 8 // 4)[None, :]
+        shift = 4 * (high[:, None] + 2 * (inputs % 4 // 2)[None, :]) + 16 * (inputs % 2)[None, :]
+        code = ((tl.load(words + word) >> shift) & 15) - 8
+    else:
+        word = ((tile[:, None] * steps + step[None, :]) * 4 + (inputs % 128 // 32)[None, :]) * 128
+        word += lane * 4 + (inputs % 8 // 2)[None, :]
+        shift = 8 * high[:, None] + 16 * (inputs % 2)[None, :]
+        code = (((tl.load(words + word) >> shift) & 255) ^ 128) - 128
     scale = ((tile[:, None] * steps + step[None, :]) * 8 + g[:, None]) * (128 // GROUP)
     scale = (scale + (inputs % 128 // GROUP)[None, :]) * 2 + high[:, None]
-    return (code - 8).to(tl.float32) * tl.load(scales + scale).to(tl.float32)
+    return code.to(tl.float32) * tl.load(scales + scale).to(tl.float32)
 
 
 @triton.jit
@@ -70,10 +78,10 @@ def _plain(
     total = tl.zeros((16, 8), tl.float32)
     for start in range(0, K, 64):
         inputs = start + tl.arange(0, 64)
-        if KIND == "w4":
-            values = _rows_of_w4(weight, second, row, inputs, K, GROUP)
-        else:
+        if KIND == "bf16":
             values = _rows_of_bf16(weight, second, row, inputs, K, GATED)
+        else:
+            values = _rows_packed(weight, second, row, inputs, K, 4 if KIND == "w4" else 8, GROUP)
         rows = tl.load(x + column[:, None] * K + inputs[None, :]).to(tl.float32)
         total += tl.sum(values[:, None, :] * rows[None, :, :], axis=2)
     return total
@@ -105,9 +113,9 @@ def linear_kernel(
         t = lane % 4
         count = tl.minimum(tl.maximum(TOTAL_STEPS - step, 0), WARP_STEPS)
         x_address = x.to(tl.int64) + ((first_column + g).to(tl.int64) * K + t * 8) * 2
-        if KIND == "w4":
+        if KIND != "bf16":
             at = (first_tile * TOTAL_STEPS + step).to(tl.int64)
-            w_address = weight.to(tl.int64) + at * 1024 + lane * 16
+            w_address = weight.to(tl.int64) + at * (1024 if KIND == "w4" else 2048) + lane * 16
             s_address = second.to(tl.int64) + (at * 8 + g) * (512 // GROUP)
             x_address += step * 256
         else:
@@ -195,9 +203,9 @@ class Weight:
     """A weight the kernel can read.
 
     Args:
-        kind: "w4" or "bf16".
-        first: "w4": `PackedW4.words`; "bf16": [N, K].
-        second: "w4": `PackedW4.scales`; "bf16": the second weight of a gated pair, or None.
+        kind: "w4", "w8" or "bf16".
+        first: `Packed.words`; "bf16": [N, K].
+        second: `Packed.scales`; "bf16": the second weight of a gated pair, or None.
         out_features: Outputs N, those of both weights of a gated pair.
         in_features: K.
         group_size: Inputs per scale; 32 for "bf16", where it means nothing.
@@ -211,6 +219,27 @@ class Weight:
     in_features: int
     group_size: int = 32
     gated: bool = False
+
+    @classmethod
+    def of(cls, packed: Packed, gated: bool = False) -> Weight:
+        """Give a packed weight to the kernel.
+
+        Args:
+            packed: The weight.
+            gated: Whether it is a pair.
+
+        Returns:
+            The weight.
+        """
+        return cls(
+            kind=packed.kind,
+            first=packed.words,
+            second=packed.scales,
+            out_features=packed.out_features,
+            in_features=packed.in_features,
+            group_size=packed.group_size,
+            gated=gated,
+        )
 
     @property
     def num_tiles(self) -> int:
@@ -263,7 +292,7 @@ def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
     total = weight.in_features // STEP[weight.kind]
     most = -(-total // shape.warps)
     depth = min(shape.depth, most)
-    scales = weight.second if weight.kind == "w4" else None
+    scales = None if weight.kind == "bf16" else weight.second
     return Body(
         kind=weight.kind,
         in_features=weight.in_features,
