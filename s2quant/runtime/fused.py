@@ -27,7 +27,8 @@ from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear, trito
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
     from s2quant.runtime.kernels.attention import Layer, Scratch
-    from s2quant.runtime.kernels.linear import Then, Weight
+    from s2quant.runtime.kernels.launch import How
+    from s2quant.runtime.kernels.linear import Shape, Then, Weight
 
 DENSE_INPUTS, DENSE_OUTPUTS = 64, 16  # bf16 weights have multiples of these
 
@@ -213,14 +214,17 @@ class FusedFrame:
         num_slots: B at most.
         residual_size: Entries of a residual codebook.
         max_context: Positions at most.
-        early: Whether kernels start before the ones before them have ended.
+        how: How kernels are launched; None: early, and with all that makes them faster.
     """
 
-    def __init__(self, model: DualAR, num_slots: int, residual_size: int, max_context: int, early: bool = True) -> None:
+    def __init__(
+        self, model: DualAR, num_slots: int, residual_size: int, max_context: int, how: How | None = None
+    ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
+        from s2quant.runtime.kernels.launch import EARLY
         from s2quant.runtime.kernels.linear import padded_rows
 
-        self.model, self.config, self.early = model, model.config, early
+        self.model, self.config, self.how = model, model.config, EARLY if how is None else how
         self.residual_size = residual_size
         slow, fast = model.slow, model.fast
         config, device = model.config.slow, slow.embeddings.weight.device
@@ -322,10 +326,7 @@ class FusedFrame:
 
     def _squares(self, which: int, rows: int, linear: _Linear) -> Tensor:
         """Give room for the sums of squares that a linear leaves, one per program and row."""
-        from s2quant.runtime.kernels.linear import columns_for
-        from s2quant.runtime.kernels.shapes import shape_for
-
-        parts = linear.weight.num_tiles // shape_for(linear.weight, columns_for(rows)).tiles
+        parts = linear.weight.num_tiles // self._shape(linear, rows).tiles
         return self.squares[which][: rows * parts].view(rows, parts)
 
     def _attention_layer(self, stack: _Stack, number: int, cache: KVCache, table: Tensor) -> Layer:
@@ -344,10 +345,14 @@ class FusedFrame:
 
     def _multiply(self, linear: _Linear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import linear as kernels
+
+        kernels.linear(linear.weight, x, rows, then, self._shape(linear, rows), self.how)
+
+    def _shape(self, linear: _Linear, rows: int) -> Shape:
+        from s2quant.runtime.kernels.linear import columns_for
         from s2quant.runtime.kernels.shapes import shape_for
 
-        shape = shape_for(linear.weight, kernels.columns_for(rows))
-        kernels.linear(linear.weight, x, rows, then, shape, self.early)
+        return shape_for(linear.weight, columns_for(rows), self.how.narrow)
 
     def _block(
         self,
@@ -378,7 +383,7 @@ class FusedFrame:
                 batch=sizes[0],
                 first_row=first_row,
                 context=sizes[1],
-                early=self.early,
+                how=self.how,
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -476,7 +481,7 @@ class FusedFrame:
             **steps.vector_arguments(config.fast.dim, first.qkv.place),
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
-            **steps.options(self.early, 8),
+            **steps.options(self.how.early, 8),
         )
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
@@ -508,7 +513,7 @@ class FusedFrame:
             LAST=code == config.num_codebooks - 1,
             **steps.vector_arguments(config.fast.dim, first.qkv.place),
             D_BLOCK=_power_of_two(config.fast.dim),
-            **steps.options(self.early, 4),
+            **steps.options(self.how.early, 4),
         )
 
 

@@ -101,6 +101,8 @@ class Warp:
                 words = [half.view(np.uint32) for half in halves]
                 assert not any((word & np.uint32(0xFFFF)).any() for word in words), "exact in bf16"
                 return (words[0] >> np.uint32(16)) | words[1]
+            case "and.pred":
+                return first & values[1]
             case "sub.s32":
                 return first - values[1]
             case "add.s64":

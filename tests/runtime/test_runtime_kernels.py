@@ -155,6 +155,7 @@ def test_a_residual_prepares_the_next_norm(kind):
 )
 def test_attention_over_what_is_live(norm, positions, capacity):
     from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
+    from s2quant.runtime.kernels.launch import PATIENT
 
     heads, kv_heads, width, batch = 4, 2, 32, 3
     qkv = randn(batch, (heads + 2 * kv_heads) * width)
@@ -173,7 +174,7 @@ def test_attention_over_what_is_live(norm, positions, capacity):
     for _ in range(2):  # the second time on the scratch as the first left it
         attention(
             layer, qkv.to(DEVICE), where.to(DEVICE), out, scratch, batch=batch, first_row=0, context=capacity,
-            early=False,
+            how=PATIENT,
         )  # fmt: skip
     q, k, v = qkv.view(batch, 1, -1, width).split([heads, kv_heads, kv_heads], dim=2)
     if norm:

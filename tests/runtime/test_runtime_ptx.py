@@ -14,7 +14,7 @@ def bytes_of(tensor):
     return tensor.contiguous().view(torch.uint8).flatten().numpy()
 
 
-def product(body, first, second, x, tile, steps_of, rows_apart):
+def product(body, first, second, x, tile, steps_of, rows_apart, num_rows=8):
     """Add up what the warps of a program make of a tile: float32 [16 tiles, 8 columns]."""
     parts = [bytes_of(first), bytes_of(second), bytes_of(x)]
     starts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
@@ -40,6 +40,7 @@ def product(body, first, second, x, tile, steps_of, rows_apart):
         sums = body.num_outputs
         given = {sums + number: asked[number] for number in range(count)}
         given |= {sums + count: weight, sums + count + 1: other, sums + count + 2: inputs, sums + count + 3: steps}
+        given[sums + count + 4] = (np.int32(num_rows) - g.astype(np.int32)).view(np.uint32)
         result = warp.run(multiply(body)[0], given)
         for number in range(sums):
             r, c, part = number // (4 * body.columns), number // 4 % body.columns, number % 4
@@ -143,6 +144,26 @@ def test_a_pair_holds_eight_outputs_of_each(bits, out_features):
     found = unpack(pair(*both)).unflatten(0, (-1, 2, 8))
     for part, one in zip(found.unbind(1), both, strict=True):
         assert torch.equal(part.flatten(0, 1), unpack(one))
+
+
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
+@pytest.mark.parametrize(("in_features", "warps", "depth"), [(256, 1, 2), (640, 2, 2)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_only_rows_that_exist_are_read(kind, in_features, warps, depth, rows):
+    weight = cases.quantized_weight(16, in_features, bits=8 if kind == "w8" else 4)
+    packed, steps = pack(weight), wanted_steps(in_features, kind, warps)
+    matrix = unpack(packed).bfloat16()
+    first, second = (matrix, matrix[8:]) if kind == "bf16" else (packed.words, packed.scales)
+    body = Body(
+        kind=kind, in_features=in_features, depth=min(depth, steps), num_steps=steps, live_rows=True,
+        exact=in_features // STEP[kind] % warps == 0 and steps % depth == 0,
+    )  # fmt: skip
+    x = x_of(1, in_features)
+    x[rows:] = float("nan")
+    ours = product(body, first, second, x, 0, steps, 16 * in_features, rows)
+    exact = (matrix if kind == "bf16" else unpack(packed)).double() @ x[:rows].double().T
+    assert (ours[:, :rows] - exact).abs().max() < 2e-5 * exact.abs().max()
+    assert not ours[:, rows:].any()
 
 
 @pytest.mark.parametrize("code", [0, 1, 127, 128, 129, 254, 255])

@@ -185,7 +185,8 @@ def _words_w8(codes: Tensor) -> Tensor:
     tiles, steps = codes.shape[0] // TILE, codes.shape[1] // STEP_INPUTS
     split = codes.view(tiles, 2, 8, steps, 4, 4, 2, 2, 2)  # outputs (tile, high, g), inputs (step, q, t, s, n, p)
     split = split.permute(0, 3, 4, 2, 5, 6, 7, 8, 1)  # tile step q g t s n p high
-    words = split.flatten(-2).contiguous().view(torch.int32)  # little-endian: byte 2 p + high is bits 16 p + 8 high and up
+    # little-endian: byte 2 p + high is the bits from 16 p + 8 high on
+    words = split.flatten(-2).contiguous().view(torch.int32)
     return words.view(tiles, steps, 4, 32, 4)
 
 

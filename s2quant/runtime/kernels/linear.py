@@ -25,11 +25,12 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, early_options
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options
 from s2quant.runtime.kernels.layout import Packed
 from s2quant.runtime.kernels.ptx import COLUMNS, STEP, TILE, Body, Kind, ask, multiply, num_registers
 
 Epilogue = Literal["store", "gate", "residual"]
+SHARED_REGISTERS = 128  # per thread at most: two programs of 8 warps, or four of 4, share an SM
 MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
 
 
@@ -100,17 +101,25 @@ def linear_kernel(
     NUM_REGISTERS: tl.constexpr, PLAIN: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, K: tl.constexpr, TOTAL_STEPS: tl.constexpr, WARP_STEPS: tl.constexpr, WARPS: tl.constexpr,
     TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
-    MAX_SQUARES: tl.constexpr,
+    MAX_SQUARES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
     first_tile = tl.program_id(0) * TILES
     first_column = tl.program_id(1) * COLS * 8
+    OUTPUTS: tl.constexpr = 8 if EPILOGUE == "gate" else 16
+    if FIRST:  # constants of what follows the product
+        asked = first_tile * OUTPUTS + tl.arange(0, OUTPUTS)
+        if EPILOGUE == "residual":
+            norm_asked = tl.load(norm + asked, asked < num_outputs, 0.0)
+        if PLACED:
+            target_asked = tl.load(place + asked, asked < num_outputs, 0)
     if not PLAIN:
         thread = tl.arange(0, 32 * WARPS)
         lane = thread % 32
         step = thread // 32 * WARP_STEPS
         g = lane // 4
         t = lane % 4
+        live = num_rows - first_column - g
         count = tl.minimum(tl.maximum(TOTAL_STEPS - step, 0), WARP_STEPS)
         x_address = x.to(tl.int64) + ((first_column + g).to(tl.int64) * K + t * 8) * 2
         if KIND != "bf16":
@@ -128,6 +137,10 @@ def linear_kernel(
             ASK, ASK_OPERANDS, [w_address, s_address, count], dtype=(tl.int32,) * NUM_REGISTERS,
             is_pure=False, pack=1,
         )  # fmt: skip
+    if FIRST and EPILOGUE == "residual":
+        rows = first_column + tl.arange(0, 8)
+        there = (asked < num_outputs)[:, None] & (rows < num_rows)[None, :]
+        hidden_asked = tl.load(hidden + rows[None, :] * num_outputs + asked[:, None], there, 0.0)
     places = tl.arange(0, MAX_SQUARES)
     if SCALED and COLS == 1:  # asked for before the loop, used after it
         columns = first_column + tl.arange(0, 8)
@@ -135,7 +148,7 @@ def linear_kernel(
         squares = tl.load(squares_in + columns[:, None] * num_squares + places[None, :], inside, 0.0)
     if not PLAIN:
         sums = tl.inline_asm_elementwise(
-            MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count),
+            MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count, live),
             dtype=(tl.float32,) * (4 * TILES * COLS), is_pure=False, pack=1,
         )  # fmt: skip
     for c in tl.static_range(COLS):
@@ -162,19 +175,25 @@ def linear_kernel(
             y *= scale[None, :]
             if EPILOGUE == "gate":
                 first, other = tl.split(tl.permute(tl.reshape(y, (2, 8, 8)), (1, 2, 0)))
-                index = (first_tile + r) * 8 + tl.arange(0, 8)
                 y = first / (1 + tl.exp(-first)) * other
-            else:
-                index = (first_tile + r) * 16 + tl.arange(0, 16)
+            index = (first_tile + r) * OUTPUTS + tl.arange(0, OUTPUTS)
             inside = (index < num_outputs)[:, None] & real[None, :]
             if EPILOGUE == "residual":
                 where = column[None, :] * num_outputs + index[:, None]
-                y += tl.load(hidden + where, inside, 0.0)
+                if FIRST:
+                    y += hidden_asked
+                else:
+                    y += tl.load(hidden + where, inside, 0.0)
                 tl.store(hidden + where, y, inside)
                 total += tl.sum(tl.where(inside, y * y, 0.0), axis=0)
-                y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)[:, None]
+                if FIRST:
+                    y *= norm_asked.to(tl.float32)[:, None]
+                else:
+                    y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)[:, None]
             target = index
-            if PLACED:
+            if PLACED and FIRST:
+                target = target_asked
+            elif PLACED:
                 target = tl.load(place + index, index < num_outputs, 0)
             tl.store(out + column[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
         if EPILOGUE == "residual":
@@ -278,13 +297,14 @@ class Then:
     eps: float = 0.0
 
 
-def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
+def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False) -> Body:
     """Describe the inner loop of a linear.
 
     Args:
         weight: The weight.
         shape: How it is cut up.
         columns: Groups of 8 rows of x.
+        live_rows: Whether to read only those that exist, where there are less than 8.
 
     Returns:
         The loop.
@@ -304,6 +324,7 @@ def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
         group_size=weight.group_size,
         bf16_scales=scales is not None and scales.element_size() == 2 and "bfloat16" in str(scales.dtype),
         gated=weight.gated and weight.kind == "bf16",
+        live_rows=live_rows,
     )
 
 
@@ -334,7 +355,7 @@ def padded_rows(num_rows: int) -> int:
 
 
 def linear(
-    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, early: bool = False, launch: bool = True
+    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, how: How = PATIENT, launch: bool = True
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -344,10 +365,10 @@ def linear(
         num_rows: M.
         then: What is done with the product; its tensors have M rows or more.
         shape: How to cut it up.
-        early: Whether the kernel may start before the one before it has ended (programmatic dependent launch).
+        how: How to launch it.
         launch: Whether to launch it, not only to compile it.
     """
-    arguments = linear_arguments(weight, num_rows, then, shape)
+    arguments = linear_arguments(weight, num_rows, then, shape, how)
     columns = arguments["COLS"]
     rows = -(-num_rows // (COLUMNS * columns))
     assert x.shape[0] >= rows * COLUMNS * columns and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
@@ -358,7 +379,9 @@ def linear(
         *(weight.first, second, x, *_tensors(then, x), num_rows, then.out.shape[1]),
         *(1 if then.squares_in is None else then.squares_in.shape[1], then.eps),
     )
-    options = {**arguments, "num_warps": shape.warps, **early_options(early)}
+    options = {**arguments, "num_warps": shape.warps, **early_options(how.early)}
+    if how.narrow and columns <= 2 and not INTERPRETED:
+        options["maxnreg"] = SHARED_REGISTERS
     if launch:
         linear_kernel[grid](*values, **options)
     else:
@@ -370,7 +393,7 @@ def _tensors(then: Then, any_tensor: Tensor) -> list[Tensor]:
     return [any_tensor if tensor is None else tensor for tensor in tensors]
 
 
-def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) -> dict[str, Any]:
+def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape, how: How = PATIENT) -> dict[str, Any]:
     """Give the compile-time arguments of a linear.
 
     Args:
@@ -378,13 +401,14 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) ->
         num_rows: M.
         then: What is done with the product.
         shape: How it is cut up.
+        how: How it is launched.
 
     Returns:
         The kernel's constants.
     """
     assert weight.num_tiles % shape.tiles == 0, (weight.num_tiles, shape)
     columns = min(columns_for(num_rows), shape.columns)
-    body = body_of(weight, shape, columns)
+    body = body_of(weight, shape, columns, how.live_rows and num_rows < COLUMNS)
     squares = 1 if then.squares_in is None else then.squares_in.shape[1]
     return {
         "ASK": ask(body)[0],
@@ -406,4 +430,5 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) ->
         "SCALED": then.squares_in is not None,
         "PLACED": then.place is not None,
         "MAX_SQUARES": triton.next_power_of_2(squares),
+        "FIRST": how.loads_first and columns == 1 and shape.tiles == 1,
     }

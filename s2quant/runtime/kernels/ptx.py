@@ -48,6 +48,8 @@ class Body:
         group_size: Inputs per scale: 32, 64 or 128; not for "bf16".
         bf16_scales: Whether scales are bfloat16, not float16; not for "bf16".
         gated: Whether the tile is 8 outputs of each of two weights; "bf16" only (a packed weight is laid out so).
+        live_rows: Whether only rows of x that exist are read, of up to 8: each program reads all of x, and eight rows
+            of which seven mean nothing are more bytes than a 4-bit weight.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Body:
     group_size: int = 32
     bf16_scales: bool = False
     gated: bool = False
+    live_rows: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -101,7 +104,8 @@ def ask(body: Body) -> tuple[str, str]:
 def multiply(body: Body) -> tuple[str, str]:
     """Generate the second part: everything else.
 
-    Operands: the sums; the registers of the weights; the three of `ask`, but the lane's address of x before the last.
+    Operands: the sums; the registers of the weights; the three of `ask`, but the lane's address of x before the last;
+    the number of rows of x at and behind the lane's first.
 
     Args:
         body: What to generate.
@@ -111,16 +115,17 @@ def multiply(body: Body) -> tuple[str, str]:
     """
     writer = _Writer(body)
     names, num_sums = writer.registers(), body.num_outputs
-    address = [f"${num_sums + len(names) + n}" for n in range(4)]
+    address = [f"${num_sums + len(names) + n}" for n in range(5)]
     lines = [
         "{",
-        *writer.addresses(*address),
+        *writer.addresses(*address[:4]),
+        *([f".reg .pred mine;\nsetp.gt.s32 mine, {address[4]}, 0;"] if body.live_rows else []),
         *(f".reg .b32 {name};\nmov.b32 {name}, ${num_sums + n};" for n, name in enumerate(names)),
         *writer.loop(),
         *(f"mov.f32 ${n}, acc{n};" for n in range(num_sums)),
         "}",
     ]
-    return "\n".join(lines), ",".join(["=f"] * num_sums + ["r"] * len(names) + ["l", "l", "l", "r", "~{memory}"])
+    return "\n".join(lines), ",".join(["=f"] * num_sums + ["r"] * len(names) + ["l", "l", "l", "r", "r", "~{memory}"])
 
 
 def num_registers(body: Body) -> int:
@@ -139,6 +144,7 @@ class _Writer:
     """Writes one loop; registers are named by what they hold."""
 
     def __init__(self, body: Body) -> None:
+        assert not body.live_rows or body.columns == 1, body
         self.body = body
         self.looped = body.num_steps > body.depth
         self.depth = min(body.depth, body.num_steps)
@@ -182,7 +188,8 @@ class _Writer:
         ]
         out += [f".reg .f32 acc{n};\nmov.f32 acc{n}, 0f00000000;" for n in range(body.num_outputs)]
         out += [f".reg .f32 off{n}, c{n};" for n in range(4 * body.columns)]
-        out += [f".reg .b32 x{c}_{i}_{n};" for c in range(body.columns) for i in range(self.blocks) for n in range(4)]
+        inputs = [f"x{c}_{i}_{n}" for c in range(body.columns) for i in range(self.blocks) for n in range(4)]
+        out += [f".reg .b32 {name};" + (f"\nmov.b32 {name}, 0;" if body.live_rows else "") for name in inputs]
         if self.looped:
             out += ["AGAIN:", f"setp.gt.s32 ahead, rem, {self.depth};"]
         for u in range(self.depth):
@@ -245,7 +252,11 @@ class _Writer:
             for c in range(self.body.columns):
                 names = [f"x{c}_{i}_{n}" for n in range(4)]
                 where = u * STEP[self.body.kind] * 2 + 64 * i + c * COLUMNS * self.body.in_features * 2
-                out += self._guarded(u, names, f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];", None)
+                load = f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];"
+                lines = self._guarded(u, names, load, "mine" if self.body.live_rows and self.body.exact else None)
+                if self.body.live_rows and not self.body.exact:
+                    lines.insert(-1, "and.pred go, go, mine;")
+                out += lines
         return out
 
     def _mma(self, out: str, n: int, a: list[str], x: tuple[str, str], c: list[str]) -> str:

@@ -26,36 +26,42 @@ def key_of(weight: Weight, columns: int) -> Key:
     return weight.kind, weight.out_features, weight.in_features, weight.gated, columns
 
 
-def shape_for(weight: Weight, columns: int) -> Shape:
+def shape_for(weight: Weight, columns: int, narrow: bool = True) -> Shape:
     """Choose how to cut a linear up.
 
     Args:
         weight: The weight.
         columns: Groups of 8 rows that a program takes.
+        narrow: See `rule`.
 
     Returns:
-        The measured best, or the rule's: as many warps as leave each about five steps, all under way at once.
+        The measured best, or the rule's.
     """
     tuned = TUNED.get(key_of(weight, columns))
-    return rule(weight, columns) if tuned is None else tuned
+    return rule(weight, columns, narrow) if tuned is None else tuned
 
 
-def rule(weight: Weight, columns: int) -> Shape:
-    """Cut a linear up by rule.
+def rule(weight: Weight, columns: int, narrow: bool = True) -> Shape:
+    """Cut a linear up by rule: as many warps as leave each about five steps (four of 8 bits), all under way.
+
+    Sixteen warps of a hundred registers are a whole SM: 160 programs (2560 outputs) would run one after the other on
+    28 of 132 SMs, and the next kernel would have nowhere to ask for its weights from. Eight leave room for both.
 
     Args:
         weight: The weight.
         columns: Groups of 8 rows that a program takes.
+        narrow: Whether there are at most 8 warps, not 16.
 
     Returns:
         The shape.
     """
     steps = weight.in_features // STEP[weight.kind]
     warps = 1
-    while warps < 16 and steps / warps > 5:
+    most_depth = 4 if weight.kind == "w8" and narrow else 5
+    while warps < (8 if narrow else 16) and steps / warps > most_depth:
         warps *= 2
     most = -(-steps // warps)
-    wanted = 5 if columns <= 2 else 2
+    wanted = most_depth if columns <= 2 else 2
     exact = [depth for depth in range(min(wanted, most), 1, -1) if most % depth == 0]
     depth = exact[0] if exact else min(wanted, most)
     tiles = 2 if columns >= 4 and weight.num_tiles % 2 == 0 else 1
