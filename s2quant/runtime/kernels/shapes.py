@@ -6,11 +6,15 @@ from itertools import product
 
 from s2quant.runtime.kernels.linear import Shape, Weight
 from s2quant.runtime.kernels.ptx import STEP
+from s2quant.runtime.kernels.tuned import TABLE
 
 Key = tuple[str, int, int, bool, int]
 """kind, out_features, in_features, gated, groups of 8 rows."""
 
-TUNED: dict[Key, Shape] = {}
+TUNED: dict[Key, Shape] = {
+    key: Shape(warps=warps, tiles=tiles, depth=depth, columns=columns)
+    for key, (warps, tiles, depth, columns) in TABLE.items()
+}
 
 
 def key_of(weight: Weight, columns: int) -> Key:
@@ -80,12 +84,13 @@ def candidates(weight: Weight, columns: int) -> list[Shape]:
     """
     found = [rule(weight, columns)]
     steps = weight.in_features // STEP[weight.kind]
-    widths = {columns, min(columns, 4)}
-    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 4, 5), sorted(widths)):
+    widths, per_step = {columns, min(columns, 4)}, {"w4": 12, "w8": 18, "bf16": 16}[weight.kind]
+    room = 100 if columns <= 2 else 200  # see SHARED_REGISTERS: the loop is not all that needs some
+    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 3, 4, 5), sorted(widths)):
         most = -(-steps // warps)
-        registers = tiles * (min(depth, most) * (12 if weight.kind == "w4" else 16) + 4 * width) + 12 * width
-        wasteful = most % depth and (depth < 4 or most < depth)
-        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= 200 or warps > steps:
+        registers = tiles * (min(depth, most) * per_step + 4 * width) + 12 * width
+        wasteful = most % depth and (depth < 3 or most < depth)
+        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= room or warps > steps:
             continue
         if (width >= 4 and tiles == 1) or (width <= 2 and tiles > 1 and weight.num_tiles < 512):
             continue  # many rows of x: read them for several tiles; few rows: have many programs
