@@ -102,9 +102,9 @@ def measure_speed(
         ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples (every
         timed round). Memory is that of speaking and decoding, and None on a CPU; first_audio_s is that of one stream
         alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the rows of
-        `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`, with same_first_code (whether our first arm's
-        likeliest code is the same) and ratios (its ms_per_frame over that of every arm at batch 1); each is empty
-        unless it was asked for.
+        `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`, with
+        same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over that of
+        every arm at batch 1); each is empty unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.

@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.layout import STEP_INPUTS, Packed
-from s2quant.runtime.kernels.linear import _rows_packed
+from s2quant.runtime.kernels.plain import rows_packed
 from s2quant.runtime.kernels.ptx import TILE
 
 
@@ -19,7 +19,7 @@ def dequantize_kernel(words, scales, out, num_outputs, K: tl.constexpr, BITS: tl
     """Write a tile of 16 outputs and 128 inputs."""
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
     inputs = tl.program_id(1) * 128 + tl.arange(0, 128)
-    values = _rows_packed(words, scales, row, inputs, K, BITS, GROUP)
+    values = rows_packed(words, scales, row, inputs, K, BITS, GROUP)
     where = row.to(tl.int64)[:, None] * K + inputs[None, :]
     tl.store(out + where, values.to(out.dtype.element_ty), (row < num_outputs)[:, None] & (inputs < K)[None, :])
 

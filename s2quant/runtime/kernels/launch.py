@@ -21,12 +21,14 @@ class How:
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
         narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
             find room beside them.
+        flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen.
     """
 
     early: bool = False
     live_rows: bool = True
     loads_first: bool = True
     narrow: bool = True
+    flat: bool = True
 
 
 EARLY = How(early=True)
