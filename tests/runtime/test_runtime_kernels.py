@@ -80,23 +80,34 @@ def x_of(rows, in_features):
     return x.to(DEVICE)
 
 
-def shape_of(weight, rows, tiles=1, columns=8):
+def shape_of(weight, rows, tiles=1, columns=8, warps=2):
     from s2quant.runtime.kernels.linear import Shape
 
-    return Shape(warps=2, tiles=tiles, depth=2, columns=columns)
+    return Shape(warps=warps, tiles=tiles, depth=2, columns=columns)
+
+
+def how_of(**off):
+    from s2quant.runtime.kernels.launch import How
+
+    return How(**off)
+
+
+HOWS = [(4, {}), (2, {}), (2, {"loads_first": False}), (2, {"flat": False}), (2, {"flat": False, "loads_first": False})]
 
 
 @kernel
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize(("rows", "tiles", "columns"), [(1, 1, 8), (3, 2, 8), (9, 1, 8), (17, 2, 2)])
-def test_a_product_is_stored_scaled(kind, rows, tiles, columns):
+def test_a_product_is_stored_scaled(flat, kind, rows, tiles, columns):
     from s2quant.runtime.kernels.linear import Then, linear
 
     weight, (matrix,) = weight_of(kind, 64, 256, False)
-    squares = (torch.rand(rows, 5) * 100).to(DEVICE)
+    squares = (torch.rand(rows, 37) * 100).to(DEVICE)
     out = poisoned(rows, 64)
     then = Then(epilogue="store", out=out, squares_in=squares, eps=1e-6)
-    linear(weight, x_of(rows, 256), rows, then, shape_of(weight, rows, tiles, columns))
+    shape = shape_of(weight, rows, tiles, columns, warps=4 if rows == 1 else 2)
+    linear(weight, x_of(rows, 256), rows, then, shape, how_of(flat=flat))
     scale = (squares.double().sum(1) / 256 + 1e-6).rsqrt()[:, None]
     assert relative(out, x_of(rows, 256)[:rows].double() @ matrix.double().T * scale) < 1e-5
 
@@ -115,8 +126,9 @@ def test_larger_groups(kind, group_size):
 
 @kernel
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
+@pytest.mark.parametrize(("warps", "off"), HOWS)
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
+def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, warps, off, tiles):
     from s2quant.runtime.kernels.linear import Then, linear
 
     rows, out_features = 3, 32
@@ -124,14 +136,22 @@ def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
     place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     out = poisoned(rows, out_features, dtype=torch.bfloat16)
     x = x_of(rows, 128)
-    linear(weight, x, rows, Then(epilogue="gate", out=out, place=place), shape_of(weight, rows, tiles))
+    linear(
+        weight,
+        x,
+        rows,
+        Then(epilogue="gate", out=out, place=place),
+        shape_of(weight, rows, tiles, warps=warps),
+        how_of(**off),
+    )
     wide = x[:rows].double()
     assert relative(out[:, place.long()], F.silu(wide @ first.double().T) * (wide @ second.double().T)) < 6e-3
 
 
 @kernel
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
-def test_a_residual_prepares_the_next_norm(kind):
+@pytest.mark.parametrize(("warps", "off"), HOWS)
+def test_a_residual_prepares_the_next_norm(kind, warps, off):
     from s2quant.runtime.kernels.linear import Then, linear
 
     rows, out_features = 2, 48
@@ -141,7 +161,7 @@ def test_a_residual_prepares_the_next_norm(kind):
     place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     out, squares = poisoned(rows, out_features, dtype=torch.bfloat16), poisoned(rows, 3)
     then = Then(epilogue="residual", out=out, place=place, hidden=hidden, norm=norm, squares_out=squares)
-    linear(weight, x, rows, then, shape_of(weight, rows))
+    linear(weight, x, rows, then, shape_of(weight, rows, warps=warps), how_of(**off))
     exact = before + x[:rows].double() @ matrix.double().T
     assert relative(hidden, exact) < 1e-6
     assert relative(squares.sum(1), exact.square().sum(1)) < 1e-6

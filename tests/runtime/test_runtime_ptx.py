@@ -7,7 +7,7 @@ import torch
 from ptx_machine import LANES, Warp
 
 from s2quant.runtime.kernels.layout import first_outputs, layout_obstacle, pack, pair, unpack
-from s2quant.runtime.kernels.ptx import STEP, Body, ask, multiply, num_registers
+from s2quant.runtime.kernels.ptx import STEP, Body, ask, exchange, multiply, num_registers, num_values, reduce
 
 
 def bytes_of(tensor):
@@ -104,6 +104,39 @@ def test_bf16_weights(in_features, warps, depth, tiles, columns, gated):
     else:
         exact = first[16:].double() @ x.double().T
     assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("warps", "tiles", "columns"), [(8, 1, 1), (4, 1, 2), (16, 2, 2), (2, 1, 1), (1, 2, 1), (8, 2, 4)]
+)
+def test_warps_are_added_up(warps, tiles, columns):
+    body = Body(kind="w4", in_features=256, tiles=tiles, columns=columns)
+    pairs, values, threads = tiles * columns, num_values(warps), 32 * warps
+    sums = torch.randn(warps, 4 * pairs, LANES, generator=torch.Generator().manual_seed(warps))
+    lane, exact = torch.arange(LANES), torch.zeros(pairs, 8, 16)
+    for pair in range(pairs):
+        for j in range(4):
+            exact[pair, 2 * (lane % 4) + j % 2, lane // 4 + 8 * (j // 2)] = sums[:, 4 * pair + j].sum(0)
+    shared, machines, running = np.full(16384 // 4, np.nan, np.float32), [], []
+    for warp in range(warps):
+        given = {pairs * values + n: sums[warp, n].numpy() for n in range(4 * pairs)}
+        given[pairs * values + 4 * pairs] = (np.arange(LANES) + LANES * warp).astype(np.uint32)
+        machines.append(Warp(np.zeros(4, np.uint8), shared))
+        running.append(machines[-1].phases(reduce(body, warps)[0], given))
+    met = [[next(phases, None) for phases in running] for _ in range(1 + 2 * pairs)]
+    assert all(len(set(places)) == 1 for places in met) and met[-1][0] is None
+    for number in range(pairs * values):
+        found = np.concatenate([machine.results()[number] for machine in machines])
+        n = (number % values * threads + np.arange(threads)) % 128
+        torch.testing.assert_close(torch.from_numpy(found), exact[number // values].flatten()[n])
+    assert (met[1][0] is None) == (pairs * warps * 608 <= 16384)
+
+
+def test_lanes_exchange():
+    x = np.arange(LANES, dtype=np.float32)
+    assert (Warp(None).run(exchange((8,), add=False), {1: x})[0] == (np.arange(LANES) ^ 8)).all()
+    sums = Warp(None).run(exchange((1, 2, 4, 8)), {1: x})[0]
+    assert (sums == np.repeat([x[:16].sum(), x[16:].sum()], 16)).all()
 
 
 def test_weights_are_asked_for_before_the_kernel_before_is_waited_for():

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
 """Linears of a few rows: every weight is read once, straight into the tensor cores, and the result is used at once.
 
 Legend: M rows of x, N outputs, K inputs, T threads, W warps; a tile is 16 outputs.
@@ -12,8 +12,8 @@ done in place, so that no launch is spent on it (`Epilogue`):
 - "residual": added to the hidden vector; the sum times the next norm's weight is written where the next linear wants
   it, and its squares are summed per program, for the next linear to finish the norm. So a norm is no launch.
 
-The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter cannot run that; it runs `plain_tile` or `plain_flat`, which
-reads the same layout with ordinary operations.
+The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter cannot run that; it runs `plain_tile` or
+`plain_flat`, which read the same layout with ordinary operations.
 """
 
 from __future__ import annotations

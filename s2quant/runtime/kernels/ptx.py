@@ -278,7 +278,7 @@ class _Writer:
         out += [f".reg .f32 acc{n};\nmov.f32 acc{n}, 0f00000000;" for n in range(body.num_outputs)]
         out += [f".reg .f32 off{n}, c{n};" for n in range(4 * body.columns)]
         inputs = [f"x{c}_{i}_{n}" for c in range(body.columns) for i in range(self.blocks) for n in range(4)]
-        out += [f".reg .b32 {name};" + (f"\nmov.b32 {name}, 0;" if body.live_rows else "") for name in inputs]
+        out += [f".reg .b32 {name};" for name in inputs]
         if self.looped:
             out += ["AGAIN:", f"setp.gt.s32 ahead, rem, {self.depth};"]
         for u in range(self.depth):
@@ -342,10 +342,14 @@ class _Writer:
                 names = [f"x{c}_{i}_{n}" for n in range(4)]
                 where = u * STEP[self.body.kind] * 2 + 64 * i + c * COLUMNS * self.body.in_features * 2
                 load = f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];"
-                lines = self._guarded(u, names, load, "mine" if self.body.live_rows and self.body.exact else None)
-                if self.body.live_rows and not self.body.exact:
-                    lines.insert(-1, "and.pred go, go, mine;")
-                out += lines
+                if not self.body.live_rows:
+                    out += self._guarded(u, names, load, None)
+                    continue
+                out += [f"mov.b32 {name}, 0;" for name in names]  # here, or ptxas makes a branch of each load
+                if self.body.exact:
+                    out.append(f"@mine {load}")
+                else:
+                    out += [f"setp.gt.s32 go, rem, {u};", "and.pred go, go, mine;", f"@go {load}"]
         return out
 
     def _mma(self, out: str, n: int, a: list[str], x: tuple[str, str], c: list[str]) -> str:
