@@ -114,9 +114,9 @@ def test_warps_are_added_up(warps, tiles, columns):
     pairs, values, threads = tiles * columns, num_values(warps), 32 * warps
     sums = torch.randn(warps, 4 * pairs, LANES, generator=torch.Generator().manual_seed(warps))
     lane, exact = torch.arange(LANES), torch.zeros(pairs, 8, 16)
-    for pair in range(pairs):
+    for place in range(pairs):
         for j in range(4):
-            exact[pair, 2 * (lane % 4) + j % 2, lane // 4 + 8 * (j // 2)] = sums[:, 4 * pair + j].sum(0)
+            exact[place, 2 * (lane % 4) + j % 2, lane // 4 + 8 * (j // 2)] = sums[:, 4 * place + j].sum(0)
     shared, machines, running = np.full(16384 // 4, np.nan, np.float32), [], []
     for warp in range(warps):
         given = {pairs * values + n: sums[warp, n].numpy() for n in range(4 * pairs)}

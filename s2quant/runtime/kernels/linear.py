@@ -111,7 +111,7 @@ def linear_kernel(
             squares_asked = (tl.load(at_squares, there & (thread_row < num_squares), 0.0),)
             for k in tl.static_range(1, SQUARES):
                 more = tl.load(at_squares + 16 * k, there & (thread_row + 16 * k < num_squares), 0.0)
-                squares_asked = squares_asked + (more,)
+                squares_asked = squares_asked + (more,)  # type: ignore[assignment]
     elif FIRST and EPILOGUE == "residual":
         rows = first_column + tl.arange(0, 8)
         there = (asked < num_outputs)[:, None] & (rows < num_rows)[None, :]
