@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ TUNED_ROWS = {"s2-pro": (1, 64, 32, 16), "tiny": (1,)}
 LIMITS = {"out": 6e-3, "hidden": 1e-5, "squares": 1e-5}  # bf16 rounding of the result; float32 sums
 
 
+def as_first(how: Any) -> Any:
+    """Launch as when the kernels first ran on a GPU, all right: early, and nothing else."""
+    later = [name for name in vars(how) if isinstance(getattr(how, name), bool) and name != "early"]
+    return replace(how, **dict.fromkeys(later, False))
+
+
 class Check:
     """The options, what was found so far, and the clock."""
 
@@ -57,8 +63,7 @@ class Check:
         self.until = self.deadline = self.started + options.seconds
         self.facts: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
-        off = {field.name: False for field in fields(EARLY) if field.name != "early"}
-        self.how = EARLY if options.how == "best" else replace(EARLY, **off)
+        self.how = EARLY if options.how == "best" else as_first(EARLY)
 
     @property
     def cuda(self) -> bool:
@@ -190,7 +195,7 @@ def kernels_part(check: Check) -> None:
             found.append(row)
     check.say(f"{right} of {right + wrong} products right")
     if wrong and check.how.flat:  # so that what follows is measured on kernels that are right
-        check.how = replace(check.how, **{field.name: False for field in fields(check.how) if field.name != "early"})
+        check.how = as_first(check.how)
         check.facts["fell_back"] = f"{wrong} products wrong: launched as at first from here on"
         check.say(check.facts["fell_back"])
         kernels_part(check)
@@ -276,10 +281,10 @@ def model_of(check: Check, name: str) -> Any:
 def variants_of(check: Check) -> dict[str, Any]:
     """List the ways to launch: all that makes it faster, each of it left out, and none of it."""
     how = check.how
-    names = [field.name for field in fields(how) if getattr(how, field.name)]
+    names = [name for name, value in vars(how).items() if value is True]
     found = {f"without {name}": replace(how, **{name: False}) for name in names}
-    others = [name for name in names if name != "early"]
-    return {"all": how, **found, "as first": replace(how, **dict.fromkeys(others, False))}
+    found |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)}
+    return {"all": how, "as first": as_first(how), **found}
 
 
 def frames_part(check: Check) -> None:

@@ -171,11 +171,14 @@ def test_a_residual_prepares_the_next_norm(kind, warps, off):
 @kernel
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    ("positions", "capacity"), [([0, 5, 63], 64), ([64, 200, 130], 256), ([1100, 64, 1023], 2048), ([0, 9, 15], 16)]
+    ("positions", "capacity", "flat"),
+    [
+        *(([0, 5, 63], 64, True), ([64, 200, 130], 256, True), ([1100, 64, 1023], 2048, True)),
+        *(([0, 9, 15], 16, True), ([0, 9, 15], 16, False)),
+    ],
 )
-def test_attention_over_what_is_live(norm, positions, capacity):
+def test_attention_over_what_is_live(norm, positions, capacity, flat):
     from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
-    from s2quant.runtime.kernels.launch import PATIENT
 
     heads, kv_heads, width, batch = 4, 2, 32, 3
     qkv = randn(batch, (heads + 2 * kv_heads) * width)
@@ -194,7 +197,7 @@ def test_attention_over_what_is_live(norm, positions, capacity):
     for _ in range(2):  # the second time on the scratch as the first left it
         attention(
             layer, qkv.to(DEVICE), where.to(DEVICE), out, scratch, batch=batch, first_row=0, context=capacity,
-            how=PATIENT,
+            how=how_of(flat=flat),
         )  # fmt: skip
     q, k, v = qkv.view(batch, 1, -1, width).split([heads, kv_heads, kv_heads], dim=2)
     if norm:

@@ -21,7 +21,9 @@ class How:
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
         narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
             find room beside them.
-        flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen.
+        flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
+            and whether a short context's attention has a warp per head.
+        attention_warps: Warps of the attention over a long context.
     """
 
     early: bool = False
@@ -29,6 +31,7 @@ class How:
     loads_first: bool = True
     narrow: bool = True
     flat: bool = True
+    attention_warps: int = 4
 
 
 EARLY = How(early=True)
