@@ -92,7 +92,9 @@ def candidates(weight: Weight, columns: int) -> list[Shape]:
         wasteful = most % depth and (depth < 3 or most < depth)
         if weight.num_tiles % tiles or wasteful or not 24 <= registers <= room or warps > steps:
             continue
-        if (width >= 4 and tiles == 1) or (width <= 2 and tiles > 1 and weight.num_tiles < 512):
+        if (width >= 4 and tiles == 1 and weight.num_tiles >= 512) or (
+            width <= 2 and tiles > 1 and weight.num_tiles < 512
+        ):
             continue  # many rows of x: read them for several tiles; few rows: have many programs
         found.append(Shape(warps=warps, tiles=tiles, depth=depth, columns=width))
     return list(dict.fromkeys(found))
