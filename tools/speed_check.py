@@ -196,6 +196,7 @@ def kernels_part(check: Check) -> None:
     check.say(f"{right} of {right + wrong} products right")
     if wrong and check.how.flat:  # so that what follows is measured on kernels that are right
         check.how = as_first(check.how)
+        check.facts["kernels_wrong"] = [row for row in check.facts["kernels"] if not row.get("right", True)]
         check.facts["fell_back"] = f"{wrong} products wrong: launched as at first from here on"
         check.say(check.facts["fell_back"])
         kernels_part(check)
