@@ -1,9 +1,12 @@
-"""Check and time the fast decoder's kernels on one GPU: linears, whole frames, exactness, a profile.
+"""Check and time the fast decoder's kernels on one GPU: linears, exactness, whole frames, variants, a profile.
 
-    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 540]
+    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 280]
 
-Needs no files: weights are random, drawn on the device. Writes DIR/speed.json after every part and DIR/speed.md at
-the end; a part that fails is recorded and does not lose the others. `--size tiny --device cpu` with
+Needs no files: weights are random, drawn on the device. Parts run in the order of what they are worth, each in a time
+of its own; DIR/speed.json is written after every item and DIR/speed.md after every part, so that a run that is cut off
+keeps what it measured. A part that fails is recorded and does not lose the others; where it took the GPU's context with
+it, the others go on in a new process, with the launches as they were when they first ran right (`--how first`). The
+part "tune" writes DIR/tuned.py, to be committed as s2quant/runtime/kernels/tuned.py. `--size tiny --device cpu` with
 TRITON_INTERPRET=1 tries the script itself (an interpreter's times mean nothing).
 """
 
@@ -15,7 +18,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +28,95 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PARTS = ("bandwidth", "kernels", "tune", "frames", "exact", "profile", "linears")
+SHARES = {  # seconds of 280 that a part may take; what one leaves is there for those after it
+    "bandwidth": 6, "compile": 45, "kernels": 15, "exact": 45, "frames": 40, "variants": 25, "tune": 50, "profile": 10,
+    "linears": 40,
+}  # fmt: skip
+WHOLE_S = 280
+PARTS = tuple(SHARES)
 BATCHES = {"s2-pro": (1, 8, 32, 64), "tiny": (1,)}
+MODELS = {
+    "s2-pro": {"w4a16": "s2-pro-w4a16", "bf16": None, "fast8": "s2-pro-w4a16-fast8", "w8a16": "s2-pro-w8a16"},
+    "tiny": {"w4a16": "tiny-w4a16", "bf16": None, "fast8": "tiny-w4a16-fast8"},
+}
 ROWS = {"s2-pro": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 9)}
-TUNED_ROWS = {"s2-pro": (1, 16, 32, 64), "tiny": (1,)}
+TUNED_ROWS = {"s2-pro": (1, 64, 32, 16), "tiny": (1,)}
 LIMITS = {"out": 6e-3, "hidden": 1e-5, "squares": 1e-5}  # bf16 rounding of the result; float32 sums
+
+
+def as_first(how: Any) -> Any:
+    """Launch as when the kernels first ran on a GPU, all right: early, and nothing else."""
+    later = [name for name in vars(how) if isinstance(getattr(how, name), bool) and name != "early"]
+    return replace(how, **dict.fromkeys(later, False))
 
 
 class Check:
     """The options, what was found so far, and the clock."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from s2quant.runtime.kernels.launch import EARLY
+
         self.options, self.started = options, time.perf_counter()
         self.device = torch.device(options.device)
-        self.until = self.started + options.seconds
+        self.size: str = options.size
+        self.big = options.size == "s2-pro"
+        self.until = self.deadline = self.started + options.seconds
         self.facts: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
+        self.how = EARLY if options.how == "best" else as_first(EARLY)
 
-    def left(self, share: float = 1.0) -> float:
-        """Give the moment when a share of the time left will have passed."""
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device.type == "cuda"
+
+    def begin(self, part: str) -> None:
+        """Give a part its time."""
         now = time.perf_counter()
-        return now + share * max(0.0, self.until - now)
+        later = PARTS[PARTS.index(part) :]
+        share = SHARES[part] / sum(SHARES[name] for name in later if name in self.options.only)
+        planned = SHARES[part] * self.options.seconds / WHOLE_S
+        self.deadline = min(self.until, now + max(planned, share * (self.until - now)))
+
+    def late(self, what: str) -> bool:
+        """Say whether the part's time is over, and that something is left out."""
+        if time.perf_counter() <= self.deadline:
+            return False
+        self.say(f"no time for {what}")
+        return True
 
     def keep(self) -> None:
         """Write what was found."""
-        (self.options.out / "speed.json").write_text(json.dumps(self.facts, indent=1, default=str) + "\n")
+        path = self.options.out / "speed.json"
+        path.with_suffix(".part").write_text(json.dumps(self.facts, indent=1, default=str) + "\n")
+        path.with_suffix(".part").replace(path)
 
     def say(self, text: str) -> None:
         """Print with the time."""
         print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+
+    def items(self, part: str, names: list[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Go through items while there is time; what is appended to the part's list is written after each."""
+        found: list[dict[str, Any]] = []
+        self.facts[part] = found
+        for name in names:
+            if self.late(name):
+                found.append({"left_out": name})
+                self.keep()
+                continue
+            yield name, found
+            self.keep()
+
+    def tried(self, row: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Add what a piece of work gives to a row, or how it failed; a GPU that is lost ends the part."""
+        try:
+            row |= work()
+        except Exception as error:  # noqa: BLE001 - one item that fails must not lose the rest
+            row["failed"] = f"{type(error).__name__}: {str(error)[:1500]}"
+            self.say(traceback.format_exc()[-2500:])
+            if self.cuda:
+                torch.cuda.synchronize()
+        return row
 
 
 def config_of(size: str) -> Any:
@@ -81,94 +145,119 @@ def sizes_of(config: Any) -> dict[str, int]:
     }
 
 
-def bandwidth(check: Check) -> dict[str, Any]:
-    from tools.speed.timing import copy_bandwidth
+def bandwidth_part(check: Check) -> None:
+    from tools.speed.timing import bandwidth, card_state
 
-    size = 4 << 30 if check.device.type == "cuda" else 1 << 24
-    return {"copy_bytes_per_s": copy_bandwidth(check.device, size)}
+    check.facts["bandwidth"] = bandwidth(check.device, 8 << 30 if check.cuda else 1 << 22)
+    check.facts["card"] = card_state() if check.cuda else None
+    check.say(f"{check.facts['bandwidth']} {check.facts['card']}")
 
 
-def kernels(check: Check) -> list[dict[str, Any]]:
+def compile_part(check: Check) -> None:
+    """Compile what the parts after it launch, in parallel; on a GPU only."""
     from s2quant.runtime.kernels.linear import columns_for
+    from tools.speed import frames, linears
+
+    if not check.cuda:
+        return
+    columns = {(columns_for(rows), rows < 8): rows for rows in ROWS[check.size]}.values()  # what kernels differ by
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
+    sizes = (480, min(1024, config_of(check.size).codebook_size))
+    for name in MODELS[check.size]:
+        batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
+        for batch in batches:
+            wanted += frames.listed(model_of(check, name), batch, *sizes, check.how)
+    for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 8)):
+        for how in variants_of(check).values():
+            wanted += frames.listed(model_of(check, name), batch, *sizes, how)
+    wanted = list(dict.fromkeys(wanted))
+    check.say(f"{len(wanted)} kernels to compile")
+    failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.deadline)
+    check.facts["compiled"] = {"wanted": len(wanted), "not": len(failed)}
+
+
+def kernels_part(check: Check) -> None:
     from tools.speed import linears
 
-    found = []
-    cases = linears.cases(sizes_of(config_of(check.options.size)))
-    if check.device.type == "cuda":
-        columns = {columns_for(rows): rows for rows in ROWS[check.options.size]}.values()
-        wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False)]
-        failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.left(0.3))
-        check.say(f"{len(wanted)} kernels compiled, {failed} not")
-    for case in cases:
-        for rows in ROWS[check.options.size]:
+    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    right = wrong = 0
+    for name, found in check.items("kernels", list(cases)):
+        for rows in ROWS[check.size]:
             torch.manual_seed(rows)
-            row: dict[str, Any] = {"case": f"{case.kind} {case.name}", "rows": rows}
-            try:
-                row["errors"] = linears.errors(case, rows, check.device)
-                row["right"] = all(value <= LIMITS[name] for name, value in row["errors"].items())
-            except Exception as error:  # noqa: BLE001 - one kernel that fails must not lose the rest
-                row |= {"right": False, "failed": f"{type(error).__name__}: {str(error)[:1500]}"}
+            row: dict[str, Any] = {"case": name, "rows": rows, "right": False}
+            case = cases[name]
+            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, check.how)})  # noqa: B023
+            row["right"] = all(value <= LIMITS[key] for key, value in row.get("errors", {"out": 9.0}).items())
+            right, wrong = right + row["right"], wrong + (not row["right"])
             if not row["right"]:
                 check.say(f"WRONG {row}")
             found.append(row)
-    check.say(f"{sum(row['right'] for row in found)} of {len(found)} products right")
-    return found
+    check.say(f"{right} of {right + wrong} products right")
+    if wrong and check.how.flat:  # so that what follows is measured on kernels that are right
+        check.how = as_first(check.how)
+        check.facts["kernels_wrong"] = [row for row in check.facts["kernels"] if not row.get("right", True)]
+        check.facts["fell_back"] = f"{wrong} products wrong: launched as at first from here on"
+        check.say(check.facts["fell_back"])
+        kernels_part(check)
 
 
-def tune(check: Check) -> list[dict[str, Any]]:
+def tune_part(check: Check) -> None:
     from s2quant.runtime.kernels import shapes
     from tools.speed import linears
 
-    cases = linears.cases(sizes_of(config_of(check.options.size)))
-    pairs = [(case, rows) for rows in TUNED_ROWS[check.options.size] for case in cases]
-    if check.device.type == "cuda":
-        wanted = [job for case, rows in pairs for job in linears.jobs(case, rows, True)]
-        failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.left(0.35))
-        check.say(f"{len(wanted)} shapes compiled, {failed} not")
-    until, found = check.left(0.3), []
-    for case, rows in pairs:
-        try:
-            row = linears.tune(case, rows, check.device, until)
-        except Exception as error:  # noqa: BLE001 - see above
-            check.say(f"tuning {case.kind} {case.name} {rows}: {type(error).__name__}: {str(error)[:500]}")
-            continue
-        shapes.TUNED[tuple(row["key"])] = row.pop("best")
-        row["case"] = f"{case.kind} {case.name}"
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    pairs = {f"{case.kind} {case.name} M={rows}": (case, rows) for rows in TUNED_ROWS[check.size] for case in cases}
+    left_out: set[linears.Job] = set()
+    if check.cuda:
+        wanted = [job for case, rows in pairs.values() for job in linears.jobs(case, rows, True, check.how)]
+        half = time.perf_counter() + 0.5 * (check.deadline - time.perf_counter())
+        left_out = linears.compile_all(wanted, min(14, os.cpu_count() or 1), half)
+        check.say(f"{len(wanted)} shapes compiled, {len(left_out)} not")
+    speed = check.facts.get("bandwidth", {}).get("read_bytes_per_s", 4.3e12)
+    for name, found in check.items("tune", list(pairs)):
+        case, rows = pairs[name]
+        row: dict[str, Any] = {"case": f"{case.kind} {case.name}"}
+        check.tried(row, lambda: linears.tune(case, rows, check.device, check.deadline, check.how, left_out))  # noqa: B023
+        if "failed" not in row:
+            shapes.TUNED[tuple(row["key"])] = row.pop("best")
+            check.say(
+                f"{name:20} {row['us']:6.1f} us (rule {row['us_rule'] or 0:6.1f}, floor "
+                f"{1e6 * row['bytes'] / speed:5.1f}) {row['shape']} tried {row['tried'][:4]}"
+            )
         found.append(row)
-        floor = row["bytes"] / check.facts.get("bandwidth", {}).get("copy_bytes_per_s", 4.26e12)
-        check.say(
-            f"{row['case']:16} M={rows:2} {row['us']:6.1f} us (waiting {row['us_waiting']:6.1f}, rule "
-            f"{row['us_rule'] or 0:6.1f}, floor {1e6 * floor:5.1f}) {row['shape']} tried {row['tried'][:4]}"
-        )
-    return found
+        done = [row for row in found if "key" in row]
+        (check.options.out / "tuned.py").write_text(linears.table(done, check.facts["device"]))
 
 
-def linears_table(check: Check) -> list[dict[str, Any]]:
-    from tools.speed import linears
+def linears_part(check: Check) -> None:
+    from s2quant.runtime.kernels.linear import columns_for
+    from s2quant.runtime.kernels.shapes import shape_for
+    from tools.speed import linears, others
 
-    if check.device.type != "cuda":
-        return []
-    found, until = [], check.left(0.25)
-    for case in linears.cases(sizes_of(config_of(check.options.size))):
+    if not check.cuda:
+        return
+    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    for name, found in check.items("linears", list(cases)):
+        case = cases[name]
         made = linears.make(case, check.device)
         weights = linears.copies(made.weight)
-        from s2quant.runtime.kernels.linear import columns_for
-        from s2quant.runtime.kernels.shapes import shape_for
-
-        for rows in ROWS[check.options.size]:
-            if time.perf_counter() > until:
-                check.say("time is up for the table of linears")
-                return found
-            shape = shape_for(made.weight, columns_for(rows))
-            row = {"case": f"{case.kind} {case.name}", "rows": rows, "bytes": made.weight.num_bytes}
-            row["ours_us"] = 1e6 * linears.seconds_of(case, weights, rows, shape, check.device, True)
-            row["cublas_us"] = 1e6 * linears.cublas_seconds(case, made, rows, check.device)
-            if case.kind == "w4":
-                row["tinygemm_us"] = 1e6 * linears.tinygemm_seconds(case, rows, check.device)
+        theirs = others.libraries(case, check.device)
+        for rows in (1, 8, 32, 64):
+            row: dict[str, Any] = {"case": name, "rows": rows, "bytes": made.weight.num_bytes}
+            shape = shape_for(made.weight, columns_for(rows), check.how.narrow)
+            timed: dict[str, Callable[[], float]] = {
+                "ours": lambda: linears.seconds_of(case, weights, rows, shape, check.device, check.how),  # noqa: B023
+                "cublas": lambda: linears.cublas_seconds(case, made, rows, check.device),  # noqa: B023
+            }
+            if case.kind == "w4" and rows <= 8:
+                timed["tinygemm"] = lambda: linears.tinygemm_seconds(case, rows, check.device)  # noqa: B023
+            timed |= {key: lambda work=work: work(rows) for key, work in theirs.items()}  # type: ignore[misc]  # noqa: B023
+            for key, work in timed.items():
+                if time.perf_counter() < check.deadline:
+                    check.tried(row, lambda: {f"{key}_us": 1e6 * work()})  # noqa: B023
             found.append(row)
-            check.say(" ".join(f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}"
-                               for name, value in row.items()))  # fmt: skip
-    return found
+            check.say(str({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}))
 
 
 def model_of(check: Check, name: str) -> Any:
@@ -177,176 +266,186 @@ def model_of(check: Check, name: str) -> Any:
 
     if name in check.models:
         return check.models[name]
-    if name == "bf16":
-        check.models[name] = frames.random_model(config_of(check.options.size), check.device)
+    recipe = MODELS[check.size][name]
+    if recipe is None:
+        check.models[name] = frames.random_model(config_of(check.size), check.device)
         check.say("bf16 model made")
     else:
-        recipe = ROOT / "recipes" / ("s2-pro-w4a16.yaml" if check.options.size == "s2-pro" else "tiny-w4a16.yaml")
-        made, count = frames.quantized_model(model_of(check, "bf16"), recipe, "triton", check.device)
+        path = ROOT / "recipes" / f"{recipe}.yaml"
+        made, count = frames.quantized_model(model_of(check, "bf16"), path, "triton", check.device)
         check.models[name] = made
-        check.facts["w4a16_linears"] = count
-        check.say(f"W4A16 model made: {count}")
+        check.facts.setdefault("models", {})[name] = count
+        check.say(f"{name} model made: {count}")
     return check.models[name]
 
 
-def frames_part(check: Check) -> list[dict[str, Any]]:
+def variants_of(check: Check) -> dict[str, Any]:
+    """List the ways to launch: all that makes it faster, each of it left out, and none of it."""
+    how = check.how
+    names = [name for name, value in vars(how).items() if value is True]
+    found = {f"without {name}": replace(how, **{name: False}) for name in names}
+    found |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)}
+    return {"all": how, "as first": as_first(how), **found}
+
+
+def frames_part(check: Check) -> None:
     from tools.speed import frames
 
-    residual = min(1024, config_of(check.options.size).codebook_size)
-    position = 480 if check.options.size == "s2-pro" else 40
-    found: list[dict[str, Any]] = []
-    check.facts["frames"] = found
-    for batch in BATCHES[check.options.size]:
-        for name in ("w4a16", "bf16"):
-            model = model_of(check, name)
-            plain = [] if batch not in (1, 32) or name == "w4a16" or check.device.type != "cuda" else [False]
-            for fused in (True, *plain):
-                try:
-                    row = {"model": name, **frames.frame_times(model, batch, position, residual, fused)}
-                except Exception as error:  # noqa: BLE001 - see above
-                    check.say(f"{name} batch {batch}: {traceback.format_exc()[-2500:]}")
-                    row = {"model": name, "batch": batch, "failed": f"{type(error).__name__}: {str(error)[:500]}"}
-                found.append(row)
-                check.keep()
-                check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
-    return found
+    residual = min(1024, config_of(check.size).codebook_size)
+    position = 480 if check.big else 40
+    wanted = [(name, batch, True) for batch in BATCHES[check.size] for name in ("w4a16", "bf16")]
+    wanted += [(name, batch, True) for batch in (1, 64)[: 2 if check.big else 1] for name in ("fast8", "w8a16")]
+    wanted = [job for job in wanted if job[0] in MODELS[check.size]]
+    if check.cuda:
+        wanted += [("bf16", 1, False), ("bf16", 32, False)]
+    named = {f"{name} batch {batch}{'' if fused else ' plain'}": (name, batch, fused) for name, batch, fused in wanted}
+    for title, found in check.items("frames", list(named)):
+        name, batch, fused = named[title]
+        model = model_of(check, name)
+        row: dict[str, Any] = {"model": name, "batch": batch}
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, check.how))  # noqa: B023
+        found.append(row)
+        check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
 
 
-def exact_part(check: Check) -> dict[str, Any]:
+def variants_part(check: Check) -> None:
+    """Time frames launched in other ways, in turns, so that a card that slows down slows them all."""
     from tools.speed import frames
 
-    config = config_of(check.options.size)
-    residual = min(1024, config.codebook_size)
-    big = check.options.size == "s2-pro"
-    models = {name: model_of(check, name) for name in ("bf16", "w4a16")}
-    found: dict[str, Any] = {}
-    prompt, forced, position, drawn = (40, 200, 300, 20) if big else (12, 2, 20, 1)
+    residual = min(1024, config_of(check.size).codebook_size)
+    position = 480 if check.big else 40
+    ways = variants_of(check)
+    jobs = [("w4a16", 1), ("bf16", 1), ("w4a16", 8)][: 3 if check.big else 1]
+    if not check.cuda:
+        ways = {name: ways[name] for name in ("as first",)}
+    named = {f"{name} batch {batch}, {way}": (name, batch, way) for name, batch in jobs for way in ways}
+    for title, found in check.items("variants", list(named)):
+        name, batch, way = named[title]
+        model = model_of(check, name)
+        row: dict[str, Any] = {"model": name, "batch": batch, "how": way}
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, True, ways[way]))  # noqa: B023
+        found.append(row)
+        check.say(f"{title}: {row.get('ms', 0):.3f} ms")
+
+
+def exact_part(check: Check) -> None:
+    from tools.speed import frames
+
+    residual = min(1024, config_of(check.size).codebook_size)
+    names = [name for name in ("bf16", "w4a16", "fast8") if name in MODELS[check.size]]
+    prompt, forced, position, drawn = (40, 200, 300, 20) if check.big else (12, 2, 20, 1)
 
     def replayed(name: str, batch: int) -> dict[str, Any]:
-        return frames.graph_is_eager(models[name], batch, position, residual, drawn)
+        return frames.graph_is_eager(model_of(check, name), batch, position, residual, drawn)
 
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "teacher_forced": lambda: frames.exactness(models, prompt, forced, residual),
+        "teacher_forced": lambda: frames.exactness(
+            {name: model_of(check, name) for name in names}, prompt, forced, residual
+        ),
+        "graph_w4a16": lambda: replayed("w4a16", 8 if check.big else 2),
         "graph_bf16": lambda: replayed("bf16", 3),
-        "graph_w4a16": lambda: replayed("w4a16", 8 if big else 2),
     }
-    for name, part in parts.items():
-        try:
-            found[name] = part()
-        except Exception as error:  # noqa: BLE001 - see above
-            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
-            check.say(traceback.format_exc()[-2500:])
-        check.say(f"{name}: {json.dumps(found[name])}")
-    return found
+    for name, found in check.items("exact", list(parts)):
+        found.append(check.tried({"check": name}, parts[name]))
+        check.say(f"{name}: {json.dumps(found[-1])}")
 
 
-def profile_part(check: Check) -> dict[str, Any]:
+def profile_part(check: Check) -> None:
     from tools.speed import frames
 
-    if check.device.type != "cuda":
-        return {}
-    found: dict[str, Any] = {}
-    for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 32), ("w4a16", 64)):
-        decoder = frames.seated(model_of(check, name), batch, 480, 1024, fused=True, graphs=None)
-        decoder.launch(batch).columns()
-        graph = next(iter(decoder._graphs.values()))
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(3):
-                graph.replay()
-            torch.cuda.synchronize()
-        rows = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)[:25]
-        table = [[event.key[:60], event.count / 3, event.device_time_total / 3] for event in rows]
-        found[f"{name} batch {batch}"] = table
-        check.say(f"{name} batch {batch}: kernel, launches per frame, us per frame")
+    if not check.cuda:
+        return
+    jobs = {f"{name} batch {batch}": (name, batch) for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 64))}
+    for title, found in check.items("profile", list(jobs)):
+        name, batch = jobs[title]
+        table = frames.profiled(model_of(check, name), batch, check.how)
+        found.append({"frame": title, "kernels": table})
+        check.say(f"{title}: kernel, launches per frame, us per frame")
         for key, count, total in table:
             print(f"    {key:60} {count:6.0f} {total:9.1f}  ({total / max(count, 1):6.2f} each)", flush=True)
-    return found
 
 
-WORK: dict[str, Callable[[Check], Any]] = {
-    "bandwidth": bandwidth,
-    "kernels": kernels,
-    "tune": tune,
-    "linears": linears_table,
-    "frames": frames_part,
+WORK: dict[str, Callable[[Check], None]] = {
+    "bandwidth": bandwidth_part,
+    "compile": compile_part,
+    "kernels": kernels_part,
     "exact": exact_part,
+    "frames": frames_part,
+    "variants": variants_part,
+    "tune": tune_part,
     "profile": profile_part,
+    "linears": linears_part,
 }
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """Put the facts into a page."""
-    lines = ["# Speed of the fast decoder", "", f"Device: {facts['device']}. Written by `tools/speed_check.py`.", ""]
-    speed = facts.get("bandwidth", {}).get("copy_bytes_per_s")
-    if speed:
-        lines += [f"Copy bandwidth {speed / 1e12:.2f} TB/s.", ""]
-    frames = [row for row in facts.get("frames", []) if "ms" in row]
-    if frames:
-        lines += ["| model | batch | kernels | ms/frame | in the engine's loop | RTF | s of audio per s | ready, s |"]
-        lines += ["|---|--:|---|--:|--:|--:|--:|--:|"]
-        lines += [
-            f"| {row['model']} | {row['batch']} | {'fused' if row['fused'] else 'plain PyTorch'} | {row['ms']:.2f} | "
-            f"{row['ms_loop']:.2f} | {row['rtf']:.3f} | {row['audio_s_per_s']:.0f} | {row['ready_s']:.1f} |"
-            for row in frames
-        ]
-        lines.append("")
-    linears = facts.get("linears") or []
-    if linears:
-        lines += [
-            "| linear | rows | ours, us | cuBLAS bf16, us | torch int4, us | floor, us |",
-            "|---|--:|--:|--:|--:|--:|",
-        ]
-        for row in linears:
-            floor = "" if not speed else f"{1e6 * row['bytes'] / speed:.1f}"
-            other = f"{row['tinygemm_us']:.1f}" if "tinygemm_us" in row else ""
-            lines.append(
-                f"| {row['case']} | {row['rows']} | {row['ours_us']:.1f} | {row['cublas_us']:.1f} | {other} | {floor} |"
-            )
-        lines.append("")
-    if "exact" in facts:
-        lines += ["```json", json.dumps(facts["exact"], indent=1), "```", ""]
-    return "\n".join(lines)
+def go_on_anew(check: Check, after: str) -> None:
+    """Run the parts that are left in a new process; the GPU's context is lost."""
+    left = [name for name in PARTS[PARTS.index(after) + 1 :] if name in check.options.only]
+    seconds = check.until - time.perf_counter()
+    if not left or seconds < 20 or check.options.how == "first":
+        return
+    check.say(f"the GPU's context is lost: {', '.join(left)} go on in a new process, launched as at first")
+    check.keep()
+    arguments = ["--out", str(check.options.out), "--only", ",".join(left), "--size", check.size]
+    arguments += ["--device", str(check.device), "--seconds", f"{seconds:.0f}", "--how", "first", "--go-on"]
+    arguments += [part for library in check.options.preload for part in ("--preload", str(library))]
+    os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--size", choices=sorted(BATCHES), default="s2-pro")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--seconds", type=float, default=540, help="parts begin only while there is time")
+    parser.add_argument("--seconds", type=float, default=WHOLE_S, help="for all parts together")
+    parser.add_argument("--how", choices=("best", "first"), default="best", help="how kernels are launched")
+    parser.add_argument("--go-on", action="store_true", help="keep what is in DIR/speed.json")
+    parser.add_argument("--preload", type=Path, action="append", default=[], help="a torch extension of gptqmodel's")
     options = parser.parse_args()
+    options.only = [name for name in PARTS if name in options.only.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options)
-    if check.device.type == "cuda":
-        check.facts["device"] = torch.cuda.get_device_name()
-    else:
-        check.facts["device"] = str(check.device)
+    return options
+
+
+def main() -> int:
     import triton
 
-    check.facts |= {"torch": torch.__version__, "triton": triton.__version__, "parts_s": {}}
+    from tools.speed.page import markdown
+
+    options = parse()
+    check = Check(options)
+    if options.go_on:
+        check.facts = json.loads((options.out / "speed.json").read_text())
+    else:
+        device = torch.cuda.get_device_name() if check.cuda else str(check.device)
+        check.facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "parts_s": {}}
+    check.facts.setdefault("how", {})
+    for library in options.preload:
+        torch.ops.load_library(str(library))
     failed = 0
-    for name in options.only.split(","):
-        if time.perf_counter() > check.until:
-            check.say(f"no time for {name}")
-            check.facts[name] = "no time"
-            continue
+    for name in options.only:
         started = time.perf_counter()
+        check.begin(name)
+        check.facts["how"][name] = options.how
         try:
-            check.facts[name] = WORK[name](check)
-        except Exception as error:  # noqa: BLE001 - see above
+            WORK[name](check)
+        except Exception as error:  # noqa: BLE001 - see Check.tried
             failed += 1
             check.facts[f"{name}_failed"] = f"{type(error).__name__}: {str(error)[:2000]}"
             check.say(f"{name} failed: {traceback.format_exc()[-3000:]}")
         check.facts["parts_s"][name] = time.perf_counter() - started
         check.say(f"{name}: {time.perf_counter() - started:.1f} s")
         check.keep()
-    page = markdown(check.facts)
-    (options.out / "speed.md").write_text(page)
-    if check.facts.get("tune"):
-        print("TUNED:", json.dumps([[*row["key"], row["shape"]] for row in check.facts["tune"]]))
-    print(page)
+        (options.out / "speed.md").write_text(markdown(check.facts))
+        try:
+            if check.cuda:
+                torch.cuda.synchronize()
+        except RuntimeError:
+            go_on_anew(check, name)
+            failed += 1
+            break
+    print(markdown(check.facts))
     return 1 if failed else 0
 
 

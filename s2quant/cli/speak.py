@@ -84,6 +84,9 @@ def _speak(options: argparse.Namespace) -> int:
         ),
         sys.stdout.buffer,
     )
+    decoding = result["decoding"]
+    if options.decoder == "fast" and options.device != "cpu" and decoding["not_fused"]:
+        print(f"s2quant speak: {decoding['text']}", file=sys.stderr)
     for note in result["notes"]:
         print(f"s2quant speak: {note}", file=sys.stderr)
     to = sys.stderr if options.out == "-" else sys.stdout

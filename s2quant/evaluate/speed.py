@@ -28,6 +28,7 @@ from s2quant.errors import UserError, shorten_list
 from s2quant.evaluate.continuity import measure_streams
 from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio, noise, wait_for
 from s2quant.evaluate.upstream import Upstream, check_upstream, measure_upstream
+from s2quant.runtime.backends import describe_decoding
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device
@@ -95,15 +96,15 @@ def measure_speed(
 
     Returns:
         version, device, dtype, decoder, memory_limit_gb, low_memory, text, num_frames, repeats, warmup_s (of all
-        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends), and `rows`, one per batch
-        size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s,
-        peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the
-        first arm's, the median of the rounds' own ratios), samples (every timed round). Memory is that of speaking
-        and decoding, and None on a CPU; first_audio_s is that of one stream alone, without a voice, and None in the
-        rows of other batch sizes. `first_audio` has the rows of `measure_first_audio`, `streams` those of
-        `measure_streams`, `upstream` those of `measure_upstream`, with same_first_code (whether our first arm's
-        likeliest code is the same) and ratios (its ms_per_frame over that of every arm at batch 1); each is empty
-        unless it was asked for.
+        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends, decoding: see
+        `describe_decoding`), and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf,
+        first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill,
+        ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples (every
+        timed round). Memory is that of speaking and decoding, and None on a CPU; first_audio_s is that of one stream
+        alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the rows of
+        `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`, with
+        same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over that of
+        every arm at batch 1); each is empty unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text or the device cannot be used.
@@ -311,13 +312,15 @@ def _keep_peak(arm: _Arm, batch_size: int, arms: Sequence[_Arm]) -> None:
 
 
 def _facts(arm: _Arm) -> dict[str, Any]:
-    backends = {module.backend for module in arm.engine.model.modules() if hasattr(module, "backend")}
+    engine = arm.engine
+    backends = {module.backend for module in engine.model.modules() if hasattr(module, "backend")}
     return {
         "folder_bytes": sum(path.stat().st_size for path in arm.folder.rglob("*") if path.is_file()),
         "load_s": arm.load_s,
         "loaded_bytes": arm.loaded_bytes,
         "warmup_s": arm.warmup_s,
         "backends": sorted(backends),
+        "decoding": describe_decoding(engine.model, engine.decoder, engine.residual_size),
     }
 
 

@@ -61,7 +61,8 @@ def bench_table(result: Mapping[str, Any]) -> str:
         result: What `measure_speed` gave.
 
     Returns:
-        The tables, with a line above them that says on what they were measured.
+        The tables, with a line above them that says on what they were measured, and one per arm below that says what
+        computed its linears and frames.
     """
     tables = [_table(_COLUMNS, result["rows"])]
     if result["first_audio"]:
@@ -75,7 +76,8 @@ def bench_table(result: Mapping[str, Any]) -> str:
         f"{result['num_frames']} frames, medians of {result['repeats']} "
         f"rounds, warm-up of {result['warmup_s']:.1f} s left out"
     )
-    return "\n\n".join([about, *tables]) + "\n"
+    made = "\n".join(f"- {name}: {arm['decoding']['text']}" for name, arm in result["arms"].items())
+    return "\n\n".join([about, *tables, made]) + "\n"
 
 
 def _table(columns: Sequence[tuple[str, str, str]], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -128,11 +128,11 @@ class FastDecoder:
             self.fast_cache = KVCache(self.config.fast, num_slots, self.config.num_codebooks, self.device, weight.dtype)
             self.state = self._state()
             self._host = self._host_ring()
-        self.fused_obstacle = "not wanted" if fused is False else fused_obstacle(model, residual_size)
+        self.fused_obstacle = frame_obstacle(model, residual_size, fused)
         if fused and self.fused_obstacle:
             raise UserError(f"fused frames: {self.fused_obstacle}", "a model its kernels take", "leave them out")
         self._fused: FusedFrame | None = None
-        if self.fused_obstacle is None and (fused or self.device.type == "cuda"):
+        if self.fused_obstacle is None:
             self._fused = FusedFrame(model, num_slots, residual_size, self.max_positions)
         self._table = model.slow.rotary.table(self.cache.capacity, self.device)
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
@@ -350,6 +350,25 @@ class FastDecoder:
 
     def _rank_bucket(self, count: int) -> int:
         return _bucket(max(self._top_k[:count]), FIRST_RANKS, self.num_semantic + 1)
+
+
+def frame_obstacle(model: DualAR, residual_size: int, fused: bool | None = None) -> str | None:
+    """Say why frames are not made by our own kernels.
+
+    Args:
+        model: The model, on its device.
+        residual_size: Entries of a residual codebook.
+        fused: Whether they shall be; None: where they can on a GPU.
+
+    Returns:
+        The reason, or None when they are.
+    """
+    if fused is False:
+        return "not wanted"
+    reason = fused_obstacle(model, residual_size)
+    if reason is None and fused is None and model.slow.embeddings.weight.device.type != "cuda":
+        return "a CPU, where Triton only interprets"
+    return reason
 
 
 def _bucket(wanted: int, first: int, most: int) -> int:

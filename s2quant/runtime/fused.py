@@ -27,7 +27,8 @@ from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear, trito
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
     from s2quant.runtime.kernels.attention import Layer, Scratch
-    from s2quant.runtime.kernels.linear import Then, Weight
+    from s2quant.runtime.kernels.launch import How
+    from s2quant.runtime.kernels.linear import Shape, Then, Weight
 
 DENSE_INPUTS, DENSE_OUTPUTS = 64, 16  # bf16 weights have multiples of these
 
@@ -86,6 +87,8 @@ def _gate_obstacle(module: nn.Module) -> str | None:
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
         return None
     if isinstance(first, TritonLinear) and isinstance(second, TritonLinear):
+        if (first.bits, first.group_size) != (second.bits, second.group_size):
+            return "w1 and w3 of different bits or group sizes"
         orders = [linear.order for linear in (first, second)]
         if all(order is None for order in orders):
             return None
@@ -134,16 +137,7 @@ def _linear(module: nn.Module) -> _Linear:
     from s2quant.runtime.kernels.linear import Weight
 
     if isinstance(module, TritonLinear):
-        packed = module.packed
-        weight = Weight(
-            kind="w4",
-            first=packed.words,
-            second=packed.scales,
-            out_features=packed.out_features,
-            in_features=packed.in_features,
-            group_size=packed.group_size,
-        )
-        return _Linear(weight=weight, place=packed.place)
+        return _Linear(weight=Weight.of(module.packed), place=module.packed.place)
     assert isinstance(module, nn.Linear), module
     return _dense(module.weight.detach())
 
@@ -165,9 +159,21 @@ def _dense(weight: Tensor, second: Tensor | None = None, out_features: int | Non
     )
 
 
+def _residual_head(output: nn.Module, residual_size: int) -> _Linear:
+    """Give the rows of the Fast AR's head that the codec has entries for."""
+    from s2quant.runtime.kernels.layout import first_outputs
+    from s2quant.runtime.kernels.linear import Weight
+
+    if isinstance(output, TritonLinear):
+        packed = first_outputs(output.packed, residual_size)
+        return _Linear(weight=Weight.of(packed), place=packed.place)
+    assert isinstance(output, nn.Linear), output
+    return _dense(output.weight.detach()[:residual_size])
+
+
 def _pair(block: Block) -> _Linear:
     """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too."""
-    from s2quant.runtime.kernels.layout import pair_w4
+    from s2quant.runtime.kernels.layout import pair
     from s2quant.runtime.kernels.linear import Weight
 
     gate: nn.Module = block.feed_forward
@@ -176,19 +182,10 @@ def _pair(block: Block) -> _Linear:
         if isinstance(first, nn.Linear):
             return _dense(first.weight.detach(), second.weight.detach())
         assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
-        gate = PairedFeedForward(TritonLinear(pair_w4(first.packed, second.packed)), block.feed_forward.w2)
+        gate = PairedFeedForward(TritonLinear(pair(first.packed, second.packed)), block.feed_forward.w2)
         block.feed_forward = gate
     packed = gate.pair.packed
-    weight = Weight(
-        kind="w4",
-        first=packed.words,
-        second=packed.scales,
-        out_features=packed.out_features,
-        in_features=packed.in_features,
-        group_size=packed.group_size,
-        gated=True,
-    )
-    return _Linear(weight=weight, place=packed.place)
+    return _Linear(weight=Weight.of(packed, gated=True), place=packed.place)
 
 
 def _layer(block: Block) -> _Layer:
@@ -217,14 +214,17 @@ class FusedFrame:
         num_slots: B at most.
         residual_size: Entries of a residual codebook.
         max_context: Positions at most.
-        early: Whether kernels start before the ones before them have ended.
+        how: How kernels are launched; None: early, and with all that makes them faster.
     """
 
-    def __init__(self, model: DualAR, num_slots: int, residual_size: int, max_context: int, early: bool = True) -> None:
+    def __init__(
+        self, model: DualAR, num_slots: int, residual_size: int, max_context: int, how: How | None = None
+    ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
+        from s2quant.runtime.kernels.launch import EARLY
         from s2quant.runtime.kernels.linear import padded_rows
 
-        self.model, self.config, self.early = model, model.config, early
+        self.model, self.config, self.how = model, model.config, EARLY if how is None else how
         self.residual_size = residual_size
         slow, fast = model.slow, model.fast
         config, device = model.config.slow, slow.embeddings.weight.device
@@ -249,7 +249,7 @@ class FusedFrame:
             )
             self.fast = _Stack(
                 layers=[_layer(block) for block in _blocks(fast.layers)],
-                head=_dense(fast.output.weight.detach()[:residual_size]),
+                head=_residual_head(fast.output, residual_size),
                 norm=fast.norm.weight.detach(),
                 eps=model.config.fast.norm_eps,
                 hidden=torch.zeros(rows, model.config.fast.dim, device=device),
@@ -326,10 +326,7 @@ class FusedFrame:
 
     def _squares(self, which: int, rows: int, linear: _Linear) -> Tensor:
         """Give room for the sums of squares that a linear leaves, one per program and row."""
-        from s2quant.runtime.kernels.linear import columns_for
-        from s2quant.runtime.kernels.shapes import shape_for
-
-        parts = linear.weight.num_tiles // shape_for(linear.weight, columns_for(rows)).tiles
+        parts = linear.weight.num_tiles // self._shape(linear, rows).tiles
         return self.squares[which][: rows * parts].view(rows, parts)
 
     def _attention_layer(self, stack: _Stack, number: int, cache: KVCache, table: Tensor) -> Layer:
@@ -348,10 +345,14 @@ class FusedFrame:
 
     def _multiply(self, linear: _Linear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import linear as kernels
+
+        kernels.linear(linear.weight, x, rows, then, self._shape(linear, rows), self.how)
+
+    def _shape(self, linear: _Linear, rows: int) -> Shape:
+        from s2quant.runtime.kernels.linear import columns_for
         from s2quant.runtime.kernels.shapes import shape_for
 
-        shape = shape_for(linear.weight, kernels.columns_for(rows))
-        kernels.linear(linear.weight, x, rows, then, shape, self.early)
+        return shape_for(linear.weight, columns_for(rows), self.how.narrow)
 
     def _block(
         self,
@@ -382,7 +383,7 @@ class FusedFrame:
                 batch=sizes[0],
                 first_row=first_row,
                 context=sizes[1],
-                early=self.early,
+                how=self.how,
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -406,7 +407,7 @@ class FusedFrame:
         then = Then(
             epilogue="residual",
             out=self.x,
-            place=None if last else stack.layers[number + 1].qkv.place,
+            place=stack.head.place if last else stack.layers[number + 1].qkv.place,
             hidden=stack.hidden,
             norm=stack.norm if last else stack.layers[number + 1].attention_norm,
             squares_out=after,
@@ -480,7 +481,7 @@ class FusedFrame:
             **steps.vector_arguments(config.fast.dim, first.qkv.place),
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
-            **steps.options(self.early, 8),
+            **steps.options(self.how.early, 8),
         )
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
@@ -512,7 +513,7 @@ class FusedFrame:
             LAST=code == config.num_codebooks - 1,
             **steps.vector_arguments(config.fast.dim, first.qkv.place),
             D_BLOCK=_power_of_two(config.fast.dim),
-            **steps.options(self.early, 4),
+            **steps.options(self.how.early, 4),
         )
 
 

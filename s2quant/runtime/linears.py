@@ -175,10 +175,10 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
 
 
 def _triton_linear(weight: QuantizedWeight) -> QuantizedLinear:
-    from s2quant.runtime.kernels.layout import pack_w4
+    from s2quant.runtime.kernels.layout import pack
     from s2quant.runtime.triton_linear import TritonLinear, weight_obstacle
 
     obstacle = weight_obstacle(weight)
     if obstacle:
         raise UserError(f"the triton backend: {obstacle}", "a weight and a GPU its kernels take", "use another backend")
-    return TritonLinear(pack_w4(weight))
+    return TritonLinear(pack(weight))

@@ -19,6 +19,7 @@ from torch import Tensor
 from s2quant.errors import UserError, VerificationError, shorten_list
 from s2quant.files import atomic_file, check_new
 from s2quant.runtime.audio import pcm_bytes, write_chunks
+from s2quant.runtime.backends import describe_decoding
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
@@ -89,7 +90,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         num_frames, audio_s, seconds, rtf, first_audio_s (None unless streamed), stop_reason, seed, sample_rate,
         voices_s (reading and encoding the recordings, before the clock of `seconds` starts), voices_kept (how many
         of them the cache had), notes (what to tell about the cache), peak_device_bytes (of torch's tensors, loading
-        included; None on a CPU).
+        included; None on a CPU), decoding (see `describe_decoding`).
 
     Raises:
         UserError: Something in the input cannot be used; no file is left.
@@ -141,6 +142,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
         "voices_kept": kept,
         "notes": notes,
         "peak_device_bytes": peak,
+        "decoding": describe_decoding(engine.model, engine.decoder, engine.residual_size),
     }
 
 

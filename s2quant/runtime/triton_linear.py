@@ -2,7 +2,7 @@
 
 Legend: M rows of x, N out_features, K in_features.
 
-Up to 64 rows read the nibbles as they are; more rows make a bf16 weight for a moment and multiply with that. Triton is
+Up to 64 rows read the codes as they are; more rows make a bf16 weight for a moment and multiply with that. Triton is
 imported when the first such linear is made: it is no dependency of a CPU.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
-from s2quant.runtime.kernels.layout import PackedW4, w4_obstacle
+from s2quant.runtime.kernels.layout import Packed, layout_obstacle
 from s2quant.runtime.linears import QuantizedLinear
 
 MOST_ROWS = 64  # of x that the kernel of few rows takes
@@ -53,11 +53,11 @@ def weight_obstacle(weight: QuantizedWeight) -> str | None:
     Returns:
         The reason, or None when it can.
     """
-    return w4_obstacle(weight) or triton_obstacle(weight.codes.device)
+    return layout_obstacle(weight) or triton_obstacle(weight.codes.device)
 
 
 class TritonLinear(QuantizedLinear):
-    """A 4-bit linear in the kernels' layout; what reads it in the graph of a frame is `s2quant.runtime.fused`.
+    """A 4-bit or 8-bit linear in the kernels' layout; what reads it in the graph of a frame is `s2quant.runtime.fused`.
 
     Args:
         packed: The weight.
@@ -67,23 +67,24 @@ class TritonLinear(QuantizedLinear):
     scales: Tensor
     order: Tensor | None
 
-    def __init__(self, packed: PackedW4) -> None:
+    def __init__(self, packed: Packed) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.out_features, packed.in_features
-        self.bits, self.group_size, self.backend = 4, packed.group_size, "triton"
+        self.bits, self.group_size, self.backend = packed.bits, packed.group_size, "triton"
         for name in ("words", "scales", "order"):
             self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
-    def packed(self) -> PackedW4:
+    def packed(self) -> Packed:
         """The weight as the kernels read it."""
-        return PackedW4(
+        return Packed(
             words=self.words,
             scales=self.scales,
             order=self.order,
             out_features=self.out_features,
             in_features=self.in_features,
             group_size=self.group_size,
+            bits=self.bits,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class TritonLinear(QuantizedLinear):
         Returns:
             [..., N] in x's dtype.
         """
-        from s2quant.runtime.kernels.dequantize import dequantize_w4
+        from s2quant.runtime.kernels.dequantize import dequantize
         from s2quant.runtime.kernels.linear import Then, Weight, columns_for, linear, padded_rows
         from s2quant.runtime.kernels.shapes import shape_for
 
@@ -104,16 +105,9 @@ class TritonLinear(QuantizedLinear):
             rows = rows[:, self.order]
         count = len(rows)
         if count > MOST_ROWS:
-            out = F.linear(rows, dequantize_w4(self.packed))
+            out = F.linear(rows, dequantize(self.packed))
             return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
-        weight = Weight(
-            kind="w4",
-            first=self.words,
-            second=self.scales,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            group_size=self.group_size,
-        )
+        weight = Weight.of(self.packed)
         out = torch.empty(count, self.out_features, dtype=torch.bfloat16, device=x.device)
         if count:
             padded = F.pad(rows, (0, 0, 0, padded_rows(count) - count))

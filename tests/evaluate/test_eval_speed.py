@@ -53,6 +53,11 @@ def test_the_figures_follow_from_the_samples(two_arms):
 def test_the_facts_of_the_arms(two_arms, tiny_folder, tiny_quantized):
     result, _ = two_arms
     assert result["arms"]["baseline"]["backends"] == [] and result["arms"]["model"]["backends"] != []
+    decoding = {name: arm["decoding"] for name, arm in result["arms"].items()}
+    assert all(found["frame"] == "operations" and found["not_fused"] for found in decoding.values())
+    assert {row["backend"] for row in decoding["baseline"]["linears"]} == {"torch"}
+    quantized = [row for row in decoding["model"]["linears"] if row["bits"]]
+    assert {row["backend"] for row in quantized} == set(result["arms"]["model"]["backends"])
     for name, folder in (("baseline", tiny_folder), ("model", tiny_quantized)):
         assert result["arms"][name]["folder_bytes"] == sum(
             path.stat().st_size for path in folder.rglob("*") if path.is_file()

@@ -15,13 +15,14 @@ class Warp:
 
     Args:
         memory: uint8, addresses count from its start.
+        shared: float32, what the warps of a program share.
     """
 
-    def __init__(self, memory):
-        self.memory, self.registers, self.counts = memory, {}, {}
+    def __init__(self, memory, shared=None):
+        self.memory, self.shared, self.registers, self.counts = memory, shared, {}, {}
 
     def run(self, text, operands):
-        """Run a block of PTX.
+        """Run a block of PTX that has no barrier.
 
         Args:
             text: The block, with operands named $0, $1, ...
@@ -30,6 +31,15 @@ class Warp:
         Returns:
             Operand number to the value it was given.
         """
+        assert list(self.phases(text, operands)) == [], "a barrier"
+        return self.results()
+
+    def results(self):
+        """Give the operands as they are."""
+        return {int(key[1:]): value for key, value in self.registers.items() if key[0] == "$"}
+
+    def phases(self, text, operands):
+        """Run a block of PTX, and stop at every barrier."""
         self.registers = {f"${number}": value for number, value in operands.items()}
         lines = [line.strip().rstrip(";") for line in re.split(r"[\n;]", text) if line.strip() not in ("", "{", "}")]
         labels = {line[:-1]: number for number, line in enumerate(lines) if line.endswith(":")}
@@ -37,7 +47,10 @@ class Warp:
         while at < len(lines):
             line, active = lines[at], np.ones(LANES, dtype=bool)
             at += 1
-            if line.endswith(":") or line.startswith(".reg"):
+            if line.endswith(":") or line.startswith((".reg", ".shared")):
+                continue
+            if line == "bar.sync 0":
+                yield at
                 continue
             guard = re.match(r"@(\w+) (.*)", line)
             if guard:
@@ -50,11 +63,12 @@ class Warp:
                 continue
             arguments = [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", rest)] if rest else []
             self.step(name, arguments, active)
-        return {int(key[1:]): value for key, value in self.registers.items() if key[0] == "$"}
 
     def value(self, name):
         if name in self.registers:
             return self.registers[name]
+        if name == "parts":
+            return np.zeros(LANES, dtype=np.uint32)
         if name.startswith("0f"):
             return np.full(LANES, np.frombuffer(bytes.fromhex(name[2:])[::-1], np.float32)[0])
         return np.full(LANES, int(name, 0) & 0xFFFFFFFF, dtype=np.uint32)
@@ -63,7 +77,12 @@ class Warp:
         kind, *_ = name.split(".")
         if kind == "griddepcontrol":
             return
-        if kind == "ld":
+        if ".shared" in name:
+            self.share(arguments, is_store=kind == "st")
+        elif kind == "shfl":
+            target, source, distance, *_ = arguments
+            self.registers[target] = self.value(source)[np.arange(LANES) ^ int(distance)]
+        elif kind == "ld":
             self.load(arguments, active)
         elif kind == "mma":
             self.mma(*([part.strip() for part in group.strip("{}").split(",")] for group in arguments))
@@ -85,6 +104,14 @@ class Warp:
                 return first.view(np.float32) if first.dtype == np.uint32 else first.copy()
             case "mov.b32":
                 return first.view(np.uint32) if first.dtype == np.float32 else first.copy()
+            case "add.f32":
+                return first.view(np.float32) + values[1].view(np.float32)
+            case "mov.u32":
+                return first.copy()
+            case "add.u32":
+                return first + values[1]
+            case "mul.lo.u32":
+                return first * values[1]
             case "mov.b64":
                 return first.copy()
             case "shr.u32":
@@ -96,6 +123,13 @@ class Warp:
             case "lop3.b32":
                 assert values[3][0] == 0xEA  # (a & b) | c
                 return (first & values[1]) | values[2]
+            case "sub.rn.bf16x2":
+                halves = [low - high for low, high in zip(_bf16_pair(first), _bf16_pair(values[1]), strict=True)]
+                words = [half.view(np.uint32) for half in halves]
+                assert not any((word & np.uint32(0xFFFF)).any() for word in words), "exact in bf16"
+                return (words[0] >> np.uint32(16)) | words[1]
+            case "and.pred":
+                return first & values[1]
             case "sub.s32":
                 return first - values[1]
             case "add.s64":
@@ -109,6 +143,16 @@ class Warp:
             case "cvt.f32.f16":
                 return first.view(np.float16).astype(np.float32)
         raise AssertionError(name)
+
+    def share(self, arguments, is_store):
+        where = arguments[0 if is_store else 1]
+        base, _, offset = where.strip("[]").partition("+")
+        addresses = self.value(base) + np.uint32(int(offset or 0))
+        assert (addresses % 4 == 0).all() and len(set(addresses // 4 % 32)) == LANES, "no two lanes in a bank"
+        if is_store:
+            self.shared[addresses // 4] = self.value(arguments[1]).view(np.float32)
+        else:
+            self.registers[arguments[0]] = self.shared[addresses // 4].copy()
 
     def load(self, arguments, active):
         target, where = arguments

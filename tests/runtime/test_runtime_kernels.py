@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from s2quant.layers import apply_rotary, rotary_table
-from s2quant.runtime.kernels.layout import pack_w4, pair_w4, unpack_w4
+from s2quant.runtime.kernels.layout import pack, pair, unpack
 from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic
 from s2quant.sampling import Sampling
 
@@ -54,18 +54,16 @@ def weight_of(kind, out_features, in_features, gated, group_size=32):
     """Give a kernel weight and the matrices it stands for, inputs in its order."""
     from s2quant.runtime.kernels.linear import Weight
 
-    first, second = (cases.quantized_weight(out_features, in_features, group_size, seed=seed) for seed in (1, 2))
+    bits = 8 if kind == "w8" else 4
+    first, second = (
+        cases.quantized_weight(out_features, in_features, group_size, bits=bits, seed=seed) for seed in (1, 2)
+    )
     second = type(second)(**{**vars(second), "g_idx": first.g_idx})
-    packed = [pack_w4(part.to(DEVICE)) for part in (first, second)]
-    matrices = [unpack_w4(part) for part in packed][: 2 if gated else 1]
+    packed = [pack(part.to(DEVICE)) for part in (first, second)]
+    matrices = [unpack(part) for part in packed][: 2 if gated else 1]
     rows = out_features * (2 if gated else 1)
-    if kind == "w4":
-        whole = pair_w4(*packed) if gated else packed[0]
-        made = Weight(
-            kind="w4", first=whole.words, second=whole.scales, out_features=rows, in_features=in_features,
-            group_size=group_size, gated=gated,
-        )  # fmt: skip
-        return made, matrices
+    if kind != "bf16":
+        return Weight.of(pair(*packed) if gated else packed[0], gated), matrices
     stored = [matrix.bfloat16() for matrix in matrices]
     made = Weight(
         kind="bf16", first=stored[0], second=stored[1] if gated else None, out_features=rows, in_features=in_features,
@@ -82,42 +80,55 @@ def x_of(rows, in_features):
     return x.to(DEVICE)
 
 
-def shape_of(weight, rows, tiles=1, columns=8):
+def shape_of(weight, rows, tiles=1, columns=8, warps=2):
     from s2quant.runtime.kernels.linear import Shape
 
-    return Shape(warps=2, tiles=tiles, depth=2, columns=columns)
+    return Shape(warps=warps, tiles=tiles, depth=2, columns=columns)
+
+
+def how_of(**off):
+    from s2quant.runtime.kernels.launch import How
+
+    return How(**off)
+
+
+HOWS = [(4, {}), (2, {}), (2, {"loads_first": False}), (2, {"flat": False}), (2, {"flat": False, "loads_first": False})]
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize(("rows", "tiles", "columns"), [(1, 1, 8), (3, 2, 8), (9, 1, 8), (17, 2, 2)])
-def test_a_product_is_stored_scaled(kind, rows, tiles, columns):
+def test_a_product_is_stored_scaled(flat, kind, rows, tiles, columns):
     from s2quant.runtime.kernels.linear import Then, linear
 
     weight, (matrix,) = weight_of(kind, 64, 256, False)
-    squares = (torch.rand(rows, 5) * 100).to(DEVICE)
+    squares = (torch.rand(rows, 37) * 100).to(DEVICE)
     out = poisoned(rows, 64)
     then = Then(epilogue="store", out=out, squares_in=squares, eps=1e-6)
-    linear(weight, x_of(rows, 256), rows, then, shape_of(weight, rows, tiles, columns))
+    shape = shape_of(weight, rows, tiles, columns, warps=4 if rows == 1 else 2)
+    linear(weight, x_of(rows, 256), rows, then, shape, how_of(flat=flat))
     scale = (squares.double().sum(1) / 256 + 1e-6).rsqrt()[:, None]
     assert relative(out, x_of(rows, 256)[:rows].double() @ matrix.double().T * scale) < 1e-5
 
 
 @kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
 @pytest.mark.parametrize("group_size", [64, 128])
-def test_larger_groups(group_size):
+def test_larger_groups(kind, group_size):
     from s2quant.runtime.kernels.linear import Then, linear
 
-    weight, (matrix,) = weight_of("w4", 32, 256, False, group_size)
+    weight, (matrix,) = weight_of(kind, 32, 256, False, group_size)
     out = poisoned(2, 32)
     linear(weight, x_of(2, 256), 2, Then(epilogue="store", out=out), shape_of(weight, 2))
     assert relative(out, x_of(2, 256)[:2].double() @ matrix.double().T) < 1e-5
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
+@pytest.mark.parametrize(("warps", "off"), HOWS)
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
+def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, warps, off, tiles):
     from s2quant.runtime.kernels.linear import Then, linear
 
     rows, out_features = 3, 32
@@ -125,14 +136,22 @@ def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, tiles):
     place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     out = poisoned(rows, out_features, dtype=torch.bfloat16)
     x = x_of(rows, 128)
-    linear(weight, x, rows, Then(epilogue="gate", out=out, place=place), shape_of(weight, rows, tiles))
+    linear(
+        weight,
+        x,
+        rows,
+        Then(epilogue="gate", out=out, place=place),
+        shape_of(weight, rows, tiles, warps=warps),
+        how_of(**off),
+    )
     wide = x[:rows].double()
     assert relative(out[:, place.long()], F.silu(wide @ first.double().T) * (wide @ second.double().T)) < 6e-3
 
 
 @kernel
-@pytest.mark.parametrize("kind", ["w4", "bf16"])
-def test_a_residual_prepares_the_next_norm(kind):
+@pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
+@pytest.mark.parametrize(("warps", "off"), HOWS)
+def test_a_residual_prepares_the_next_norm(kind, warps, off):
     from s2quant.runtime.kernels.linear import Then, linear
 
     rows, out_features = 2, 48
@@ -142,7 +161,7 @@ def test_a_residual_prepares_the_next_norm(kind):
     place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     out, squares = poisoned(rows, out_features, dtype=torch.bfloat16), poisoned(rows, 3)
     then = Then(epilogue="residual", out=out, place=place, hidden=hidden, norm=norm, squares_out=squares)
-    linear(weight, x, rows, then, shape_of(weight, rows))
+    linear(weight, x, rows, then, shape_of(weight, rows, warps=warps), how_of(**off))
     exact = before + x[:rows].double() @ matrix.double().T
     assert relative(hidden, exact) < 1e-6
     assert relative(squares.sum(1), exact.square().sum(1)) < 1e-6
@@ -152,9 +171,13 @@ def test_a_residual_prepares_the_next_norm(kind):
 @kernel
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
-    ("positions", "capacity"), [([0, 5, 63], 64), ([64, 200, 130], 256), ([1100, 64, 1023], 2048), ([0, 9, 15], 16)]
+    ("positions", "capacity", "flat"),
+    [
+        *(([0, 5, 63], 64, True), ([64, 200, 130], 256, True), ([1100, 64, 1023], 2048, True)),
+        *(([0, 9, 15], 16, True), ([0, 9, 15], 16, False)),
+    ],
 )
-def test_attention_over_what_is_live(norm, positions, capacity):
+def test_attention_over_what_is_live(norm, positions, capacity, flat):
     from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
 
     heads, kv_heads, width, batch = 4, 2, 32, 3
@@ -174,7 +197,7 @@ def test_attention_over_what_is_live(norm, positions, capacity):
     for _ in range(2):  # the second time on the scratch as the first left it
         attention(
             layer, qkv.to(DEVICE), where.to(DEVICE), out, scratch, batch=batch, first_row=0, context=capacity,
-            early=False,
+            how=how_of(flat=flat),
         )  # fmt: skip
     q, k, v = qkv.view(batch, 1, -1, width).split([heads, kv_heads, kv_heads], dim=2)
     if norm:
@@ -293,13 +316,14 @@ def _end_of(ignored, semantic):
 
 
 @kernel
-def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows():
-    from s2quant.runtime.kernels.dequantize import dequantize_w4
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows(bits):
+    from s2quant.runtime.kernels.dequantize import dequantize
     from s2quant.runtime.linears import make_linear
 
-    weight = cases.quantized_weight(40, 128, seed=4).to(DEVICE)
-    packed = pack_w4(weight)
-    assert relative(dequantize_w4(packed), unpack_w4(packed)) < 6e-3
+    weight = cases.quantized_weight(40, 128, bits=bits, seed=4).to(DEVICE)
+    packed = pack(weight)
+    assert relative(dequantize(packed), unpack(packed)) < 6e-3
     linear = make_linear(weight, torch.bfloat16, "triton")
     assert linear.backend == "triton"
     exact = weight.dequantize().double()

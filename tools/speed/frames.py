@@ -20,9 +20,13 @@ from s2quant.quantize.rtn import rtn_quantize
 from s2quant.recipe import load_recipe
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.fused import FusedFrame, _Linear
+from s2quant.runtime.kernels.launch import EARLY, How
+from s2quant.runtime.kernels.linear import Then
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
 from s2quant.sampling import Sampling
+from tools.speed.linears import Case, Job
 from tools.speed.timing import replayed
 
 FRAME_S = 2048 / 44100
@@ -77,10 +81,19 @@ def quantized_model(model: DualAR, recipe: Path, backend: str, device: torch.dev
 
 
 def seated(
-    model: DualAR, batch: int, position: int, residual: int, *, fused: bool | None, graphs: bool | None
+    model: DualAR,
+    batch: int,
+    position: int,
+    residual: int,
+    *,
+    fused: bool | None,
+    graphs: bool | None,
+    how: How | None = None,
 ) -> FastDecoder:
     """Make a decoder whose slots all stand at a position, with random keys and values before it."""
     decoder = FastDecoder(model, batch, position + 1, residual, graphs=graphs, fused=fused)
+    if how is not None and decoder._fused is not None:
+        decoder._fused = FusedFrame(model, batch, residual, decoder.max_positions, how)
     generator = torch.Generator(decoder.device).manual_seed(1)
     decoder.cache.keys.normal_(generator=generator)
     decoder.cache.values.normal_(generator=generator)
@@ -101,18 +114,52 @@ def random_column(config: S2Config, seed: int, device: torch.device) -> Tensor:
     return torch.cat([codes[:1] + config.semantic_begin_id, codes]).to(device)
 
 
-def frame_times(model: DualAR, batch: int, position: int, residual: int, fused: bool | None) -> dict[str, Any]:
+class _Listed(FusedFrame):
+    """A frame that lists its linears in place of multiplying."""
+
+    jobs: dict[Job, None]
+
+    def _multiply(self, linear: _Linear, x: Tensor, rows: int, then: Then) -> None:
+        weight = linear.weight
+        case = Case(
+            name="frame",
+            kind=weight.kind,
+            out_features=weight.out_features,
+            in_features=weight.in_features,
+            epilogue=then.epilogue,
+            group_size=weight.group_size,
+            placed=then.place is not None,
+            num_squares=160 if then.squares_in is None else then.squares_in.shape[1],
+        )
+        self.jobs[case, rows, self._shape(linear, rows), self.how] = None
+
+
+@torch.inference_mode()
+def listed(model: DualAR, batch: int, position: int, residual: int, how: How = EARLY) -> list[Job]:
+    """List the linears that a frame launches, to be compiled in parallel; its other kernels are compiled now."""
+    decoder = seated(model, batch, position, residual, fused=True, graphs=False)
+    frame = _Listed(model, batch, residual, decoder.max_positions, how)
+    frame.jobs = {}
+    context = decoder._context_bucket(position + 1)
+    frame.run(decoder.state, (decoder.cache, decoder.fast_cache), decoder._table, batch, context)
+    return list(frame.jobs)
+
+
+def frame_times(
+    model: DualAR, batch: int, position: int, residual: int, fused: bool | None, how: How | None = None
+) -> dict[str, Any]:
     """Time frames of one batch size: replayed alone, and as the engine asks for them."""
     cuda = next(model.parameters()).device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    decoder = seated(model, batch, position, residual, fused=fused, graphs=None)
+    decoder = seated(model, batch, position, residual, fused=fused, graphs=None, how=how)
     decoder.launch(batch).columns()
     ready_s = time.perf_counter() - started
     if cuda:
         graph = next(iter(decoder._graphs.values()))
-        frame_s = replayed(graph, 20)
+        replayed(graph, 20)  # so that clocks are up
+        frame_s = replayed(graph, 40)
     count = 24 if cuda else 1
     decoder.state.positions.fill_(position)
     decoder.positions = [position] * batch
@@ -136,6 +183,20 @@ def frame_times(model: DualAR, batch: int, position: int, residual: int, fused: 
         "rtf": frame_s / FRAME_S,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }
+
+
+def profiled(model: DualAR, batch: int, how: How) -> list[tuple[str, float, float]]:
+    """Profile frames: kernel, launches per frame, microseconds per frame; the 25 that take the most."""
+    decoder = seated(model, batch, 480, 1024, fused=True, graphs=None, how=how)
+    decoder.launch(batch).columns()
+    graph = next(iter(decoder._graphs.values()))
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    rows = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)[:25]
+    return [(event.key[:60], event.count / 3, event.device_time_total / 3) for event in rows]
 
 
 # ---- exactness ------------------------------------------------------------------------------------------------
@@ -204,11 +265,15 @@ def exactness(models: dict[str, DualAR], prompt: int, frames: int, residual: int
         "last_codebook": _compared(fast_exact, fast_plain, last),
     }
     del wide
-    if "w4a16" in models:
-        packed = models["w4a16"]
-        plain_packed, _ = plain_logits(packed, tokens, prompt)
-        fused_packed, _, _ = fused_logits(packed, tokens, prompt, residual)
-        found["w4a16_fused_vs_plain"] = _compared(plain_packed, plain_packed, fused_packed)
+    for name in models:
+        if name == "bf16":
+            continue
+        packed = models[name]
+        plain_packed, packed_hidden = plain_logits(packed, tokens, prompt)
+        fused_packed, drawn, last = fused_logits(packed, tokens, prompt, residual)
+        plain_last = fast_last_logits(packed, packed_hidden, drawn[:, 1:].to(fused.device), residual)
+        found[f"{name}_fused_vs_plain"] = _compared(plain_packed, plain_packed, fused_packed)
+        found[f"{name}_last_codebook_fused_vs_plain"] = _compared(plain_last, plain_last, last)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
-from s2quant.runtime.kernels.layout import pack_w4, pair_w4, unpack_w4
+from s2quant.runtime.kernels.launch import EARLY, How
+from s2quant.runtime.kernels.layout import pack, pair, unpack
 from s2quant.runtime.kernels.linear import Shape, Then, Weight, columns_for, linear, padded_rows
 from s2quant.runtime.kernels.shapes import candidates, key_of, rule, shape_for
 from tools.speed.timing import captured, replayed
@@ -25,7 +25,7 @@ ROTATED_BYTES = 400 << 20  # of copies of a weight: several times the L2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One linear of the model: what it is called, its kind, sizes and what follows it."""
+    """One linear of the model: what it is called, its kind, sizes, what follows it and what its input's norm needs."""
 
     name: str
     kind: str
@@ -33,6 +33,8 @@ class Case:
     in_features: int
     epilogue: str
     group_size: int = 32
+    placed: bool = True
+    num_squares: int = 160
 
     @property
     def gated(self) -> bool:
@@ -40,7 +42,7 @@ class Case:
 
 
 def cases(sizes: dict[str, int]) -> list[Case]:
-    """List the linears of both transformers: W4A16 and bf16 blocks, bf16 heads."""
+    """List the linears of both transformers: blocks of 4 bits (group 32), 8 bits (group 128) and bf16, and heads."""
     dim, heads, middle = sizes["dim"], sizes["heads"], sizes["middle"]
     blocks = [
         ("wqkv", sizes["qkv"], dim, "store"),
@@ -49,26 +51,29 @@ def cases(sizes: dict[str, int]) -> list[Case]:
         ("w2", dim, middle, "residual"),
     ]
     found = [
-        Case(name=name, kind=kind, out_features=n, in_features=k, epilogue=then)
-        for kind in ("w4", "bf16")
+        Case(name=name, kind=kind, out_features=n, in_features=k, epilogue=then, group_size=group_size)
+        for kind, group_size in (("w4", 32), ("bf16", 32), ("w8", 128))
         for name, n, k, then in blocks
     ]
-    for name, n in (("head", sizes["semantic"] + 1), ("fast head", sizes["residual"])):
-        found.append(Case(name=name, kind="bf16", out_features=n, in_features=dim, epilogue="store"))
+    heads_of = (("head", "bf16", sizes["semantic"] + 1), ("fast head", "bf16", sizes["residual"]))
+    for name, kind, n in (*heads_of, ("fast head", "w8", sizes["residual"])):
+        found.append(Case(name=name, kind=kind, out_features=n, in_features=dim, epilogue="store", group_size=128))
     return found
 
 
-def random_quantized(out_features: int, in_features: int, group_size: int, device: torch.device) -> QuantizedWeight:
-    """Draw a 4-bit weight with a random act order."""
-    groups = in_features // group_size
-    unit = 1 / (8 * in_features**0.5)
+def random_quantized(
+    out_features: int, in_features: int, group_size: int, device: torch.device, bits: int = 4
+) -> QuantizedWeight:
+    """Draw a weight with a random act order."""
+    groups, middle = in_features // group_size, 2 ** (bits - 1)
+    unit = 1 / (middle * in_features**0.5)
     order = torch.randperm(in_features, device=device)
     return QuantizedWeight(
-        codes=torch.randint(0, 16, (out_features, in_features), device=device, dtype=torch.uint8),
+        codes=torch.randint(0, 2 * middle, (out_features, in_features), device=device, dtype=torch.uint8),
         scales=(unit * (0.5 + torch.rand(groups, out_features, device=device))).half(),
-        zeros=torch.full((groups, out_features), 8, dtype=torch.uint8, device=device),
+        zeros=torch.full((groups, out_features), middle, dtype=torch.uint8, device=device),
         g_idx=(torch.arange(in_features, device=device) // group_size)[order].int(),
-        bits=4,
+        bits=bits,
         group_size=group_size,
     )
 
@@ -85,21 +90,13 @@ def make(case: Case, device: torch.device) -> Made:
     """Draw a weight."""
     halves = 2 if case.gated else 1
     rows = case.out_features // halves
-    if case.kind == "w4":
-        quantized = [random_quantized(rows, case.in_features, case.group_size, device) for _ in range(halves)]
+    if case.kind != "bf16":
+        sizes = (rows, case.in_features, case.group_size, device, 4 if case.kind == "w4" else 8)
+        quantized = [random_quantized(*sizes) for _ in range(halves)]
         shared = quantized[0].g_idx
-        packed = [pack_w4(QuantizedWeight(**{**vars(part), "g_idx": shared})) for part in quantized]
-        whole = pair_w4(*packed) if case.gated else packed[0]
-        weight = Weight(
-            kind="w4",
-            first=whole.words,
-            second=whole.scales,
-            out_features=whole.out_features,
-            in_features=case.in_features,
-            group_size=case.group_size,
-            gated=case.gated,
-        )
-        return Made(weight=weight, matrices=[unpack_w4(part) for part in packed])
+        packed = [pack(QuantizedWeight(**{**vars(part), "g_idx": shared})) for part in quantized]
+        weight = Weight.of(pair(*packed) if case.gated else packed[0], case.gated)
+        return Made(weight=weight, matrices=[unpack(part) for part in packed])
     padded = -(-rows // 16) * 16
     matrices = [torch.randn(padded, case.in_features, device=device) / case.in_features**0.5 for _ in range(halves)]
     stored = [matrix.bfloat16() for matrix in matrices]
@@ -119,12 +116,12 @@ def then_for(case: Case, weight: Weight, rows: int, shape: Shape, device: torch.
     outputs = case.out_features // 2 if case.gated else case.out_features
     poison = float("nan")
     kind = torch.float32 if case.epilogue == "store" else torch.bfloat16
-    scaled = case.epilogue != "residual"
+    scaled, squares = case.epilogue != "residual", case.num_squares
     return Then(
         epilogue=case.epilogue,
         out=torch.full((rows, outputs), poison, dtype=kind, device=device),
-        place=None if case.epilogue == "store" else torch.randperm(outputs, device=device).int(),
-        squares_in=case.in_features * (0.5 + torch.rand(rows, 160, device=device)) / 160 if scaled else None,
+        place=torch.randperm(outputs, device=device).int() if case.placed and case.epilogue != "store" else None,
+        squares_in=case.in_features * (0.5 + torch.rand(rows, squares, device=device)) / squares if scaled else None,
         hidden=None if scaled else torch.randn(rows, outputs, device=device),
         norm=None if scaled else torch.rand(outputs, device=device).bfloat16(),
         squares_out=None if scaled else torch.full((rows, weight.num_tiles // shape.tiles), poison, device=device),
@@ -132,16 +129,16 @@ def then_for(case: Case, weight: Weight, rows: int, shape: Shape, device: torch.
     )
 
 
-def errors(case: Case, rows: int, device: torch.device, shape: Shape | None = None) -> dict[str, float]:
+def errors(case: Case, rows: int, device: torch.device, how: How = EARLY) -> dict[str, float]:
     """Compare a linear with float64; relative errors of all it writes."""
     made = make(case, device)
-    shape = shape or shape_for(made.weight, columns_for(rows))
+    shape = shape_for(made.weight, columns_for(rows), how.narrow)
     x = torch.zeros(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
     x[:rows] = torch.randn(rows, case.in_features, device=device)
     then = then_for(case, made.weight, rows, shape, device)
     before = None if then.hidden is None else then.hidden.double()
     synchronize(device)  # a kernel that starts early reads its weights before it waits
-    linear(made.weight, x, rows, then, shape, early=True)
+    linear(made.weight, x, rows, then, shape, how)
     exact = [x[:rows].double() @ matrix.double().T for matrix in made.matrices]
     if then.squares_in is not None:
         scale = (then.squares_in.double().sum(1) / case.in_features + 1e-6).rsqrt()[:, None]
@@ -184,7 +181,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def seconds_of(case: Case, weights: list[Weight], rows: int, shape: Shape, device: torch.device, early: bool) -> float:
+def seconds_of(case: Case, weights: list[Weight], rows: int, shape: Shape, device: torch.device, how: How) -> float:
     """Time one product, in a row of others with other weights."""
     x = torch.randn(padded_rows(rows), case.in_features, device=device).bfloat16()
     then = then_for(case, weights[0], rows, shape, device)
@@ -193,7 +190,7 @@ def seconds_of(case: Case, weights: list[Weight], rows: int, shape: Shape, devic
 
     def body() -> None:
         for weight in weights:
-            linear(weight, x, rows, then, shape, early)
+            linear(weight, x, rows, then, shape, how)
 
     if device.type != "cuda":
         started = time.perf_counter()
@@ -232,15 +229,19 @@ def tinygemm_seconds(case: Case, rows: int, device: torch.device) -> float:
 # ---- tuning ---------------------------------------------------------------------------------------------------
 
 
-def compile_one(case: Case, rows: int, shape: Shape) -> None:
+Job = tuple[Case, int, Shape, How]
+
+
+def compile_one(case: Case, rows: int, shape: Shape, how: How) -> None:
     """Compile one shape into Triton's cache; run in a process of its own."""
     device = torch.device("cuda")
-    first = torch.empty(16, dtype=torch.int32 if case.kind == "w4" else torch.bfloat16, device=device)
-    second = torch.empty(16, dtype=torch.half if case.kind == "w4" else torch.bfloat16, device=device)
+    packed = case.kind != "bf16"
+    first = torch.empty(16, dtype=torch.int32 if packed else torch.bfloat16, device=device)
+    second = torch.empty(16, dtype=torch.half if packed else torch.bfloat16, device=device)
     weight = Weight(
         kind=case.kind,
         first=first,
-        second=second if case.kind == "w4" or case.gated else None,
+        second=second if packed or case.gated else None,
         out_features=case.out_features,
         in_features=case.in_features,
         group_size=case.group_size,
@@ -248,10 +249,10 @@ def compile_one(case: Case, rows: int, shape: Shape) -> None:
     )
     x = torch.empty(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
     then = then_for(case, weight, rows, shape, device)
-    linear(weight, x, rows, then, shape, True, launch=False)
+    linear(weight, x, rows, then, shape, how, launch=False)
 
 
-def jobs(case: Case, rows: int, every: bool) -> Iterator[tuple[Case, int, Shape]]:
+def jobs(case: Case, rows: int, every: bool, how: How = EARLY) -> Iterator[Job]:
     """List what will need compiled: every shape worth trying, or the one in use."""
     kind = Weight(
         kind=case.kind,
@@ -263,30 +264,39 @@ def jobs(case: Case, rows: int, every: bool) -> Iterator[tuple[Case, int, Shape]
         gated=case.gated,
     )
     columns = columns_for(rows)
-    for shape in candidates(kind, columns) if every else [shape_for(kind, columns)]:
-        yield case, rows, shape
+    for shape in candidates(kind, columns) if every else [shape_for(kind, columns, how.narrow)]:
+        yield case, rows, shape, how
 
 
-def compile_all(wanted: list[tuple[Case, int, Shape]], workers: int, until: float) -> int:
-    """Compile in parallel processes; the number of those that could not be."""
+def compile_all(wanted: list[Job], workers: int, until: float) -> set[Job]:
+    """Compile in parallel processes; those that could not be, or not in time."""
     context = multiprocessing.get_context("spawn")
-    failed = 0
+    failed: set[Job] = set()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(compile_one, *job) for job in wanted]
-        for future in futures:
+        futures = {job: pool.submit(compile_one, *job) for job in dict.fromkeys(wanted)}
+        for job, future in futures.items():
+            left = until - time.perf_counter()
+            if left <= 0 and not future.done():
+                future.cancel()
+                failed.add(job)
+                continue
             try:
-                future.result(timeout=max(1.0, until - time.perf_counter()))
+                future.result(timeout=max(0.1, left))
             except Exception as error:  # noqa: BLE001 - one shape that cannot be compiled must not lose the rest
-                failed += 1
-                print(f"  not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                if time.perf_counter() > until:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
+                failed.add(job)
+                print(f"  not compiled: {job[2]} {type(error).__name__}: {str(error)[:300]}", flush=True)
     return failed
 
 
-def tune(case: Case, rows: int, device: torch.device, until: float) -> dict[str, Any]:
-    """Time every shape of one linear; those first in the list if the time is up."""
+def tune(
+    case: Case,
+    rows: int,
+    device: torch.device,
+    until: float,
+    how: How,
+    left_out: set[Job] = frozenset(),  # type: ignore[assignment]
+) -> dict[str, Any]:
+    """Time every shape of one linear but those left out; those first in the list if the time is up."""
     made = make(case, device)
     weights = copies(made.weight)
     columns = columns_for(rows)
@@ -294,8 +304,10 @@ def tune(case: Case, rows: int, device: torch.device, until: float) -> dict[str,
     for shape in candidates(made.weight, columns):
         if found and time.perf_counter() > until:
             break
+        if (case, rows, shape, how) in left_out:
+            continue
         try:
-            found.append((seconds_of(case, weights, rows, shape, device, True), shape))
+            found.append((seconds_of(case, weights, rows, shape, device, how), shape))
         except Exception as error:  # noqa: BLE001 - a shape that fails is a finding
             print(f"  {case.name} {shape}: {type(error).__name__}: {str(error)[:300]}", flush=True)
     found.sort(key=lambda pair: pair[0])
@@ -306,7 +318,6 @@ def tune(case: Case, rows: int, device: torch.device, until: float) -> dict[str,
         "rows": rows,
         "key": list(key_of(made.weight, columns)),
         "us": 1e6 * best[0],
-        "us_waiting": 1e6 * seconds_of(case, weights, rows, best[1], device, False),
         "us_rule": 1e6 * first[0] if first else None,
         "shape": _numbers(best[1]),
         "tried": [[round(1e6 * seconds, 2), *_numbers(shape)] for seconds, shape in found[:6]],
@@ -319,6 +330,20 @@ def _numbers(shape: Shape) -> list[int]:
     return [shape.warps, shape.tiles, shape.depth, shape.columns]
 
 
-def combinations(names: list[Case], rows: list[int]) -> list[tuple[Case, int]]:
-    """Pair every case with every number of rows."""
-    return list(itertools.product(names, rows))
+TABLE = """\"\"\"How linears are best cut up on a Hopper GPU: by `tools/speed_check.py`, part "tune", on {device}.
+
+Keys: kind, outputs, inputs, gated, groups of 8 rows. Values: warps, tiles, depth, columns. Others go by rule.
+\"\"\"
+
+from __future__ import annotations
+
+TABLE: dict[tuple[str, int, int, bool, int], tuple[int, int, int, int]] = {{
+{rows}}}
+"""
+
+
+def table(rows: list[dict[str, Any]], device: str) -> str:
+    """Write tuned shapes as the module `s2quant.runtime.kernels.tuned`."""
+    shapes = {tuple(row["key"]): tuple(row["shape"]) for row in rows}
+    lines = [f"    {key!r}: {shape!r},\n".replace("'", '"') for key, shape in sorted(shapes.items())]
+    return TABLE.format(device=device, rows="".join(lines))

@@ -8,6 +8,9 @@ A program has one row, one key/value head and one stretch of the context. How lo
 row's position alone, which is read on the device: one launch serves every length, programs without a stretch leave at
 once, and a row's result does not depend on its neighbours. The program that holds the new position writes it into the
 cache. The last one to finish, whichever it is, joins the parts in their order, so the result is the same every time.
+
+What no kernel of the frame changes before its last is read before waiting for the kernel before: norms, orders, and the
+position with its rotary row. Keys and values are not: the Fast AR's are written by kernels that may still be at work.
 """
 
 from __future__ import annotations
@@ -21,23 +24,23 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, begin, early_options
+from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, wait
 
 SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
 LONGEST = 32768
 
 
 @triton.jit
-def _rotated(at, weight, table, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+def _rotated(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """Read heads [R, h], normalise and rotate them."""
     x = tl.load(at + d[None, :])
     other = tl.load(at + (d ^ 1)[None, :])
     if NORM:
         scale = 1 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
-        x *= scale[:, None] * tl.load(weight + d).to(tl.float32)[None, :]
-        other *= scale[:, None] * tl.load(weight + (d ^ 1)).to(tl.float32)[None, :]
-    cos = tl.load(table + d // 2 * 2).to(tl.float32)
-    sin = tl.load(table + d // 2 * 2 + 1).to(tl.float32)
+        x *= scale[:, None] * weight.to(tl.float32)[None, :]
+        other *= scale[:, None] * swapped.to(tl.float32)[None, :]
+    cos = cos.to(tl.float32)
+    sin = sin.to(tl.float32)
     return x * cos[None, :] + other * tl.where(d % 2 == 0, -sin, sin)[None, :]
 
 
@@ -56,30 +59,50 @@ def attention_kernel(
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-    DEVICE: tl.constexpr,
+    FIRST: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Attend; see the module."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
-    begin(DEVICE)
     slot = tl.program_id(0)
     kv = tl.program_id(1)
     split = tl.program_id(2)
+    d = tl.arange(0, WIDTH)
+    rows = tl.arange(0, 16)
+    head = kv * SHARE + rows % SHARE
+    target = head[:, None] * WIDTH + d[None, :]
+    announce(DEVICE)
+    if not FIRST:
+        wait(DEVICE)
     position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
+    angles = table + position * WIDTH + d // 2 * 2
+    cos = tl.load(angles)
+    sin = tl.load(angles + 1)
+    q_weight = cos
+    q_swapped = cos
+    k_weight = cos
+    k_swapped = cos
+    if NORM:
+        q_weight = tl.load(q_norm + d)
+        q_swapped = tl.load(q_norm + (d ^ 1))
+        k_weight = tl.load(k_norm + d)
+        k_swapped = tl.load(k_norm + (d ^ 1))
+    if PLACED:
+        target = tl.load(place + target)
+    if FIRST:
+        wait(DEVICE)
     stretch = BLOCK
     live = 1
     if not SINGLE:
         stretch = tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512))
         live = position // stretch + 1
     if split < live:
-        d = tl.arange(0, WIDTH)
-        rows = tl.arange(0, 16)
-        head = kv * SHARE + rows % SHARE
         row = first_row + slot
         heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
-        angles = table + position * WIDTH
-        q = _rotated(heads + head[:, None] * WIDTH, q_norm, angles, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        q = _rotated(heads + head[:, None] * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM)
         one = tl.zeros((1,), tl.int32) + (HEADS + kv)
-        k = _rotated(heads + one[:, None] * WIDTH, k_norm, angles, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        k = _rotated(heads + one[:, None] * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
+        q = q.to(keys.dtype.element_ty)
+        k = k.to(keys.dtype.element_ty)
         v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
         cached = slot.to(tl.int64) * slot_stride + kv * head_stride
         owner = split == live - 1
@@ -129,11 +152,78 @@ def attention_kernel(
                     weight = weight * fade + its_weight * its_fade
                     sums = sums * fade[:, None] + its_sums * its_fade[:, None]
                     best = new
-            target = head[:, None] * WIDTH + d[None, :]
-            if PLACED:
-                target = tl.load(place + target)
             result = sums / weight[:, None]
             tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty), mine[:, None])
+
+
+@triton.jit
+def _turned(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Read a head [h], normalise and rotate it."""
+    x = tl.load(at + d)
+    other = tl.load(at + (d ^ 1))
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+        x *= scale * weight.to(tl.float32)
+        other *= scale * swapped.to(tl.float32)
+    return x * cos.to(tl.float32) + other * tl.where(d % 2 == 0, -sin.to(tl.float32), sin.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["first_row", "last_position"])
+def short_kernel(
+    qkv, q_norm, k_norm, table, positions, keys, values, place, out,
+    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
+):  # fmt: skip
+    """Attend over a context of one block: a warp has one row and one query head, and meets nobody."""
+    announce(DEVICE)
+    if not FIRST:
+        wait(DEVICE)
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    kv = head // (HEADS // KV_HEADS)
+    d = tl.arange(0, WIDTH)
+    position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
+    angles = table + position * WIDTH + d // 2 * 2
+    cos = tl.load(angles)
+    sin = tl.load(angles + 1)
+    q_weight = cos
+    q_swapped = cos
+    k_weight = cos
+    k_swapped = cos
+    if NORM:
+        q_weight = tl.load(q_norm + d)
+        q_swapped = tl.load(q_norm + (d ^ 1))
+        k_weight = tl.load(k_norm + d)
+        k_swapped = tl.load(k_norm + (d ^ 1))
+    target = head * WIDTH + d
+    if PLACED:
+        target = tl.load(place + target)
+    if FIRST:
+        wait(DEVICE)
+    row = first_row + slot
+    heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
+    cached = slot.to(tl.int64) * slot_stride + kv * head_stride
+    p = tl.arange(0, BLOCK)
+    inside = p < position
+    there = cached + p[:, None] * WIDTH + d[None, :]
+    seen_k = tl.load(keys + there, inside[:, None], 0.0).to(tl.float32)
+    seen_v = tl.load(values + there, inside[:, None], 0.0).to(tl.float32)
+    v = tl.load(heads + (HEADS + KV_HEADS + kv) * WIDTH + d).to(keys.dtype.element_ty)
+    q = _turned(heads + head * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+    k = _turned(heads + (HEADS + kv) * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
+    k = k.to(keys.dtype.element_ty)
+    owner = d >= tl.where(head % (HEADS // KV_HEADS) == 0, 0, WIDTH)
+    tl.store(keys + cached + position * WIDTH + d, k, owner)
+    tl.store(values + cached + position * WIDTH + d, v, owner)
+    own = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=0) * scale
+    scores = tl.where(inside, tl.sum(seen_k * q.to(tl.float32)[None, :], axis=1) * scale, -1e30)
+    best = tl.maximum(tl.max(scores, axis=0), own)
+    shares = tl.exp2(scores - best)
+    its = tl.exp2(own - best)
+    sums = tl.sum(seen_v * shares[:, None], axis=0) + its * v.to(tl.float32)
+    result = sums / (tl.sum(shares, axis=0) + its)
+    tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty))
 
 
 def num_splits(context: int) -> int:
@@ -223,7 +313,7 @@ def attention(
     batch: int,
     first_row: int,
     context: int,
-    early: bool,
+    how: How,
 ) -> None:
     """Attend from one new position per row, and keep its key and value.
 
@@ -236,7 +326,8 @@ def attention(
         batch: B.
         first_row: Row of qkv and out of the first slot.
         context: Positions looked at, at most.
-        early: Whether the kernel may start before the one before it has ended.
+        how: How to launch it; with `early` and `loads_first`, positions are those that a kernel not launched early has
+            seen written.
     """
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
@@ -244,6 +335,36 @@ def attention(
     assert num_splits(context) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
     nothing: Any = out
+    if context <= 16 and how.flat:
+        short_kernel[(batch, heads)](
+            qkv,
+            nothing if layer.q_norm is None else layer.q_norm,
+            nothing if layer.k_norm is None else layer.k_norm,
+            layer.table,
+            positions,
+            layer.keys,
+            layer.values,
+            nothing if layer.place is None else layer.place,
+            out,
+            first_row,
+            context - 1,
+            positions.stride(0) if len(positions) > 1 else 0,
+            layer.keys.stride(0),
+            layer.keys.stride(1),
+            layer.eps,
+            math.log2(math.e) / math.sqrt(width),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            WIDTH=width,
+            NORM=layer.q_norm is not None,
+            PLACED=layer.place is not None,
+            BLOCK=16,
+            FIRST=how.loads_first,
+            DEVICE=not INTERPRETED,
+            num_warps=1,
+            **early_options(how.early),
+        )
+        return
     attention_kernel[(batch, kv_heads, num_splits(context))](
         qkv,
         nothing if layer.q_norm is None else layer.q_norm,
@@ -274,7 +395,8 @@ def attention(
         MEDIUM_=MEDIUM,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
+        FIRST=how.loads_first,
         DEVICE=not INTERPRETED,
-        num_warps=4,
-        **early_options(early),
+        num_warps=how.attention_warps,
+        **early_options(how.early),
     )

@@ -4,10 +4,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How kernels are launched; each part can be switched off, to measure what it is worth.
+
+    Args:
+        early: Whether a kernel may start before the one before it has ended (programmatic dependent launch).
+        live_rows: Whether up to 8 rows of x are read as far as they exist, not all eight.
+        loads_first: Whether what follows a product is asked for before it, constants even before waiting.
+        narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
+            find room beside them.
+        flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
+            and whether a short context's attention has a warp per head.
+        attention_warps: Warps of the attention over a long context.
+    """
+
+    early: bool = False
+    live_rows: bool = True
+    loads_first: bool = True
+    narrow: bool = True
+    flat: bool = True
+    attention_warps: int = 4
+
+
+EARLY = How(early=True)
+PATIENT = How()  # for a single launch: nothing before it is known to begin early
+
+
+@triton.jit
+def announce(DEVICE: tl.constexpr):
+    """Let the next kernel start."""
+    if DEVICE:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,~{memory}", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def wait(DEVICE: tl.constexpr):
+    """Wait for the kernel before: what it wrote may be read from here on."""
+    if DEVICE:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
 """Linears of a few rows: every weight is read once, straight into the tensor cores, and the result is used at once.
 
 Legend: M rows of x, N outputs, K inputs, T threads, W warps; a tile is 16 outputs.
@@ -12,8 +12,8 @@ done in place, so that no launch is spent on it (`Epilogue`):
 - "residual": added to the hidden vector; the sum times the next norm's weight is written where the next linear wants
   it, and its squares are summed per program, for the next linear to finish the norm. So a norm is no launch.
 
-The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter cannot run that; it runs `_plain`, which
-reads the same layout with ordinary operations.
+The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter cannot run that; it runs `plain_tile` or
+`plain_flat`, which read the same layout with ordinary operations.
 """
 
 from __future__ import annotations
@@ -25,58 +25,25 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, early_options
-from s2quant.runtime.kernels.ptx import COLUMNS, STEP, TILE, Body, Kind, ask, multiply, num_registers
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options
+from s2quant.runtime.kernels.layout import Packed
+from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
+from s2quant.runtime.kernels.ptx import (
+    COLUMNS,
+    STEP,
+    TILE,
+    Body,
+    Kind,
+    ask,
+    multiply,
+    num_registers,
+    num_values,
+    reduce,
+)
 
 Epilogue = Literal["store", "gate", "residual"]
+SHARED_REGISTERS = 128  # per thread at most: two programs of 8 warps, or four of 4, share an SM
 MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
-
-
-@triton.jit
-def _rows_of_bf16(weight, second, row, inputs, K: tl.constexpr, GATED: tl.constexpr):
-    """Read [16, S] of a bf16 weight, or 8 rows of each of two."""
-    if GATED:
-        low = tl.load(weight + (row // 16 * 8 + row % 8)[:, None] * K + inputs[None, :])
-        high = tl.load(second + (row // 16 * 8 + row % 8)[:, None] * K + inputs[None, :])
-        values = tl.where((row % 16 < 8)[:, None], low, high)
-    else:
-        values = tl.load(weight + row[:, None] * K + inputs[None, :])
-    return values.to(tl.float32)
-
-
-@triton.jit
-def _rows_of_w4(words, scales, row, inputs, K: tl.constexpr, GROUP: tl.constexpr):
-    """Read [16, S] of a packed weight."""
-    steps = K // 128
-    tile = row // 16
-    high = row % 16 // 8
-    g = row % 8
-    step = inputs // 128
-    t = inputs % 32 // 8
-    word = ((tile[:, None] * steps + step[None, :]) * 2 + (inputs % 128 // 64)[None, :]) * 128
-    word += (g[:, None] * 4 + t[None, :]) * 4 + (inputs % 64 // 32 * 2 + inputs % 8 // 4)[None, :]
-    shift = 4 * (high[:, None] + 2 * (inputs % 4 // 2)[None, :]) + 16 * (inputs % 2)[None, :]
-    code = (tl.load(words + word) >> shift) & 15
-    scale = ((tile[:, None] * steps + step[None, :]) * 8 + g[:, None]) * (128 // GROUP)
-    scale = (scale + (inputs % 128 // GROUP)[None, :]) * 2 + high[:, None]
-    return (code - 8).to(tl.float32) * tl.load(scales + scale).to(tl.float32)
-
-
-@triton.jit
-def _plain(
-    weight, second, x, row, column, K: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr
-):
-    """Multiply a tile with 8 rows of x, float32 [16, 8], with nothing but Triton's own operations."""
-    total = tl.zeros((16, 8), tl.float32)
-    for start in range(0, K, 64):
-        inputs = start + tl.arange(0, 64)
-        if KIND == "w4":
-            values = _rows_of_w4(weight, second, row, inputs, K, GROUP)
-        else:
-            values = _rows_of_bf16(weight, second, row, inputs, K, GATED)
-        rows = tl.load(x + column[:, None] * K + inputs[None, :]).to(tl.float32)
-        total += tl.sum(values[:, None, :] * rows[None, :, :], axis=2)
-    return total
 
 
 def _name(compiled: Any) -> str:
@@ -92,22 +59,35 @@ def linear_kernel(
     NUM_REGISTERS: tl.constexpr, PLAIN: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, K: tl.constexpr, TOTAL_STEPS: tl.constexpr, WARP_STEPS: tl.constexpr, WARPS: tl.constexpr,
     TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
-    MAX_SQUARES: tl.constexpr,
+    MAX_SQUARES: tl.constexpr, FIRST: tl.constexpr, FLAT: tl.constexpr, REDUCE: tl.constexpr,
+    REDUCE_OPERANDS: tl.constexpr, VALUES: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
     first_tile = tl.program_id(0) * TILES
     first_column = tl.program_id(1) * COLS * 8
+    OUTPUTS: tl.constexpr = 8 if EPILOGUE == "gate" else 16
+    SPAN: tl.constexpr = 32 * WARPS
+    if FLAT:
+        thread_row = tl.arange(0, SPAN) % 16
+        thread_column = tl.arange(0, SPAN) // 16
+    if FIRST:  # constants of what follows the product
+        asked = first_tile * OUTPUTS + (thread_row if FLAT else tl.arange(0, OUTPUTS))
+        if EPILOGUE == "residual":
+            norm_asked = tl.load(norm + asked, asked < num_outputs, 0.0)
+        if PLACED:
+            target_asked = tl.load(place + asked, asked < num_outputs, 0)
     if not PLAIN:
         thread = tl.arange(0, 32 * WARPS)
         lane = thread % 32
         step = thread // 32 * WARP_STEPS
         g = lane // 4
         t = lane % 4
+        live = num_rows - first_column - g
         count = tl.minimum(tl.maximum(TOTAL_STEPS - step, 0), WARP_STEPS)
         x_address = x.to(tl.int64) + ((first_column + g).to(tl.int64) * K + t * 8) * 2
-        if KIND == "w4":
+        if KIND != "bf16":
             at = (first_tile * TOTAL_STEPS + step).to(tl.int64)
-            w_address = weight.to(tl.int64) + at * 1024 + lane * 16
+            w_address = weight.to(tl.int64) + at * (1024 if KIND == "w4" else 2048) + lane * 16
             s_address = second.to(tl.int64) + (at * 8 + g) * (512 // GROUP)
             x_address += step * 256
         else:
@@ -120,17 +100,94 @@ def linear_kernel(
             ASK, ASK_OPERANDS, [w_address, s_address, count], dtype=(tl.int32,) * NUM_REGISTERS,
             is_pure=False, pack=1,
         )  # fmt: skip
+    if FLAT and FIRST:
+        its_column = first_column + thread_column % 8
+        there = (thread_column < 8) & (its_column < num_rows)
+        if EPILOGUE == "residual":
+            where = its_column * num_outputs + asked
+            hidden_asked = tl.load(hidden + where, there & (asked < num_outputs), 0.0)
+        if SCALED:
+            at_squares = squares_in + its_column * num_squares + thread_row
+            squares_asked = (tl.load(at_squares, there & (thread_row < num_squares), 0.0),)
+            for k in tl.static_range(1, SQUARES):
+                more = tl.load(at_squares + 16 * k, there & (thread_row + 16 * k < num_squares), 0.0)
+                squares_asked = squares_asked + (more,)  # type: ignore[assignment]
+    elif FIRST and EPILOGUE == "residual":
+        rows = first_column + tl.arange(0, 8)
+        there = (asked < num_outputs)[:, None] & (rows < num_rows)[None, :]
+        hidden_asked = tl.load(hidden + rows[None, :] * num_outputs + asked[:, None], there, 0.0)
     places = tl.arange(0, MAX_SQUARES)
-    if SCALED and COLS == 1:  # asked for before the loop, used after it
+    if SCALED and COLS == 1 and not FLAT:  # asked for before the loop, used after it
         columns = first_column + tl.arange(0, 8)
         inside = (columns < num_rows)[:, None] & (places < num_squares)[None, :]
         squares = tl.load(squares_in + columns[:, None] * num_squares + places[None, :], inside, 0.0)
     if not PLAIN:
         sums = tl.inline_asm_elementwise(
-            MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count),
+            MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count, live),
             dtype=(tl.float32,) * (4 * TILES * COLS), is_pure=False, pack=1,
         )  # fmt: skip
-    for c in tl.static_range(COLS):
+    if FLAT and not PLAIN:
+        values = tl.inline_asm_elementwise(
+            REDUCE, REDUCE_OPERANDS, sums + (thread,), dtype=(tl.float32,) * (VALUES * TILES * COLS),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    for c in tl.static_range(COLS if FLAT else 0):
+        for v in tl.static_range(VALUES):
+            number = v * (SPAN // 16) + thread_column  # of 8 columns; warps beyond the fourth have none
+            column = first_column + c * 8 + number % 8
+            real = (number < 8) & (column < num_rows)
+            if SCALED:
+                if FIRST:
+                    square = squares_asked[0]
+                    for k in tl.static_range(1, SQUARES):
+                        square += squares_asked[k]
+                else:
+                    square = tl.zeros((SPAN,), tl.float32)
+                    for k in tl.static_range(SQUARES):
+                        part = thread_row + 16 * k
+                        square += tl.load(squares_in + column * num_squares + part, real & (part < num_squares), 0.0)
+                scale = 1 / tl.sqrt(over_rows(square, SPAN, PLAIN) / K + eps)
+            total = tl.zeros((SPAN,), tl.float32)
+            for r in tl.static_range(TILES):
+                if PLAIN:
+                    row = (first_tile + r) * 16 + thread_row
+                    y = plain_flat(weight, second, x, row, column, K, KIND, GROUP, GATED)
+                else:
+                    y = values[(r * COLS + c) * VALUES + v]
+                if SCALED:
+                    y *= scale
+                if EPILOGUE == "gate":
+                    if PLAIN:
+                        other = plain_flat(weight, second, x, row ^ 8, column, K, KIND, GROUP, GATED)
+                        if SCALED:
+                            other *= scale
+                    else:
+                        other = swapped(y)
+                    y = y / (1 + tl.exp(-y)) * other
+                index = (first_tile + r) * OUTPUTS + thread_row
+                inside = real & (index < num_outputs) & (thread_row < OUTPUTS)
+                if EPILOGUE == "residual":
+                    where = column * num_outputs + index
+                    if FIRST:
+                        y += hidden_asked
+                    else:
+                        y += tl.load(hidden + where, inside, 0.0)
+                    tl.store(hidden + where, y, inside)
+                    total += tl.where(inside, y * y, 0.0)
+                    if FIRST:
+                        y *= norm_asked.to(tl.float32)
+                    else:
+                        y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)
+                target = index
+                if PLACED and FIRST:
+                    target = target_asked
+                elif PLACED:
+                    target = tl.load(place + index, inside, 0)
+                tl.store(out + column * num_outputs + target, y.to(out.dtype.element_ty), inside)
+            if EPILOGUE == "residual":
+                total = over_rows(total, SPAN, PLAIN)
+                tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real & (thread_row == 0))
+    for c in tl.static_range(0 if FLAT else COLS):
         column = first_column + c * 8 + tl.arange(0, 8)
         real = column < num_rows
         scale = tl.full((8,), 1.0, tl.float32)
@@ -145,7 +202,7 @@ def linear_kernel(
         for r in tl.static_range(TILES):
             if PLAIN:
                 row = (first_tile + r) * 16 + tl.arange(0, 16)
-                y = _plain(weight, second, x, row, column, K, KIND, GROUP, GATED)
+                y = plain_tile(weight, second, x, row, column, K, KIND, GROUP, GATED)
             else:
                 low = tl.join(sums[4 * (r * COLS + c)], sums[4 * (r * COLS + c) + 1])
                 pairs = tl.join(low, tl.join(sums[4 * (r * COLS + c) + 2], sums[4 * (r * COLS + c) + 3]))
@@ -154,19 +211,25 @@ def linear_kernel(
             y *= scale[None, :]
             if EPILOGUE == "gate":
                 first, other = tl.split(tl.permute(tl.reshape(y, (2, 8, 8)), (1, 2, 0)))
-                index = (first_tile + r) * 8 + tl.arange(0, 8)
                 y = first / (1 + tl.exp(-first)) * other
-            else:
-                index = (first_tile + r) * 16 + tl.arange(0, 16)
+            index = (first_tile + r) * OUTPUTS + tl.arange(0, OUTPUTS)
             inside = (index < num_outputs)[:, None] & real[None, :]
             if EPILOGUE == "residual":
                 where = column[None, :] * num_outputs + index[:, None]
-                y += tl.load(hidden + where, inside, 0.0)
+                if FIRST:
+                    y += hidden_asked
+                else:
+                    y += tl.load(hidden + where, inside, 0.0)
                 tl.store(hidden + where, y, inside)
                 total += tl.sum(tl.where(inside, y * y, 0.0), axis=0)
-                y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)[:, None]
+                if FIRST:
+                    y *= norm_asked.to(tl.float32)[:, None]
+                else:
+                    y *= tl.load(norm + index, index < num_outputs, 0.0).to(tl.float32)[:, None]
             target = index
-            if PLACED:
+            if PLACED and FIRST:
+                target = target_asked
+            elif PLACED:
                 target = tl.load(place + index, index < num_outputs, 0)
             tl.store(out + column[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
         if EPILOGUE == "residual":
@@ -195,9 +258,9 @@ class Weight:
     """A weight the kernel can read.
 
     Args:
-        kind: "w4" or "bf16".
-        first: "w4": `PackedW4.words`; "bf16": [N, K].
-        second: "w4": `PackedW4.scales`; "bf16": the second weight of a gated pair, or None.
+        kind: "w4", "w8" or "bf16".
+        first: `Packed.words`; "bf16": [N, K].
+        second: `Packed.scales`; "bf16": the second weight of a gated pair, or None.
         out_features: Outputs N, those of both weights of a gated pair.
         in_features: K.
         group_size: Inputs per scale; 32 for "bf16", where it means nothing.
@@ -211,6 +274,27 @@ class Weight:
     in_features: int
     group_size: int = 32
     gated: bool = False
+
+    @classmethod
+    def of(cls, packed: Packed, gated: bool = False) -> Weight:
+        """Give a packed weight to the kernel.
+
+        Args:
+            packed: The weight.
+            gated: Whether it is a pair.
+
+        Returns:
+            The weight.
+        """
+        return cls(
+            kind=packed.kind,
+            first=packed.words,
+            second=packed.scales,
+            out_features=packed.out_features,
+            in_features=packed.in_features,
+            group_size=packed.group_size,
+            gated=gated,
+        )
 
     @property
     def num_tiles(self) -> int:
@@ -249,13 +333,14 @@ class Then:
     eps: float = 0.0
 
 
-def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
+def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False) -> Body:
     """Describe the inner loop of a linear.
 
     Args:
         weight: The weight.
         shape: How it is cut up.
         columns: Groups of 8 rows of x.
+        live_rows: Whether to read only those that exist, where there are less than 8.
 
     Returns:
         The loop.
@@ -263,7 +348,7 @@ def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
     total = weight.in_features // STEP[weight.kind]
     most = -(-total // shape.warps)
     depth = min(shape.depth, most)
-    scales = weight.second if weight.kind == "w4" else None
+    scales = None if weight.kind == "bf16" else weight.second
     return Body(
         kind=weight.kind,
         in_features=weight.in_features,
@@ -275,6 +360,7 @@ def body_of(weight: Weight, shape: Shape, columns: int) -> Body:
         group_size=weight.group_size,
         bf16_scales=scales is not None and scales.element_size() == 2 and "bfloat16" in str(scales.dtype),
         gated=weight.gated and weight.kind == "bf16",
+        live_rows=live_rows,
     )
 
 
@@ -305,7 +391,7 @@ def padded_rows(num_rows: int) -> int:
 
 
 def linear(
-    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, early: bool = False, launch: bool = True
+    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, how: How = PATIENT, launch: bool = True
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -315,10 +401,10 @@ def linear(
         num_rows: M.
         then: What is done with the product; its tensors have M rows or more.
         shape: How to cut it up.
-        early: Whether the kernel may start before the one before it has ended (programmatic dependent launch).
+        how: How to launch it.
         launch: Whether to launch it, not only to compile it.
     """
-    arguments = linear_arguments(weight, num_rows, then, shape)
+    arguments = linear_arguments(weight, num_rows, then, shape, how)
     columns = arguments["COLS"]
     rows = -(-num_rows // (COLUMNS * columns))
     assert x.shape[0] >= rows * COLUMNS * columns and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
@@ -329,7 +415,9 @@ def linear(
         *(weight.first, second, x, *_tensors(then, x), num_rows, then.out.shape[1]),
         *(1 if then.squares_in is None else then.squares_in.shape[1], then.eps),
     )
-    options = {**arguments, "num_warps": shape.warps, **early_options(early)}
+    options = {**arguments, "num_warps": shape.warps, **early_options(how.early)}
+    if how.narrow and columns <= 2 and not INTERPRETED:
+        options["maxnreg"] = SHARED_REGISTERS
     if launch:
         linear_kernel[grid](*values, **options)
     else:
@@ -341,7 +429,7 @@ def _tensors(then: Then, any_tensor: Tensor) -> list[Tensor]:
     return [any_tensor if tensor is None else tensor for tensor in tensors]
 
 
-def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) -> dict[str, Any]:
+def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape, how: How = PATIENT) -> dict[str, Any]:
     """Give the compile-time arguments of a linear.
 
     Args:
@@ -349,14 +437,16 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) ->
         num_rows: M.
         then: What is done with the product.
         shape: How it is cut up.
+        how: How it is launched.
 
     Returns:
         The kernel's constants.
     """
     assert weight.num_tiles % shape.tiles == 0, (weight.num_tiles, shape)
     columns = min(columns_for(num_rows), shape.columns)
-    body = body_of(weight, shape, columns)
+    body = body_of(weight, shape, columns, how.live_rows and num_rows < COLUMNS)
     squares = 1 if then.squares_in is None else then.squares_in.shape[1]
+    values = num_values(shape.warps)
     return {
         "ASK": ask(body)[0],
         "ASK_OPERANDS": ask(body)[1],
@@ -377,4 +467,10 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape) ->
         "SCALED": then.squares_in is not None,
         "PLACED": then.place is not None,
         "MAX_SQUARES": triton.next_power_of_2(squares),
+        "FIRST": how.loads_first and columns == 1 and shape.tiles == 1 and (values == 1 or not how.flat),
+        "FLAT": how.flat,
+        "REDUCE": reduce(body, shape.warps)[0],
+        "REDUCE_OPERANDS": reduce(body, shape.warps)[1],
+        "VALUES": values,
+        "SQUARES": -(-squares // 16),
     }

@@ -10,7 +10,9 @@ time), and inputs 8 t .. 8 t + 7 of every 32. So x stays in its natural order, a
 A 4-bit weight is stored one int32 word per instruction and lane (`s2quant.runtime.kernels.layout`). Two nibbles, 16
 bits apart, become two bf16 numbers 128 + q by one AND and one OR. The tile is not corrected element by element: the
 products start from -136 times the sum of x in the group, which one more instruction with a constant weight gives
-exactly. The group's scale multiplies the float32 sums. Nothing is rounded on the way but x, which is bf16.
+exactly. The group's scale multiplies the float32 sums. An 8-bit weight has one bit more than fits behind the leading
+one of a bf16 number: its low seven become 128 + l the same way, its highest, stored inverted, another number 128 or
+256, and their difference, l or l - 128, is the weight, exactly. Nothing is rounded on the way but x, which is bf16.
 
 The first weights are asked for before waiting for the kernel before (`griddepcontrol`, sm_90), which may still be at
 work if the launch says so; whatever it wrote is read after that.
@@ -23,10 +25,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Kind = Literal["w4", "bf16"]
-STEP: dict[str, int] = {"w4": 128, "bf16": 64}  # inputs per step
+Kind = Literal["w4", "w8", "bf16"]
+STEP: dict[str, int] = {"w4": 128, "w8": 128, "bf16": 64}  # inputs per step
 TILE = 16  # outputs of a tile
 COLUMNS = 8  # x rows of one instruction
+PART_BYTES = 608  # of shared memory: a warp's 16 x 8 sums, 8 floats between every two columns
+MOST_SHARED = 16384  # bytes; more tiles take turns
 _MINUS_136 = 0xC308C308  # two bf16 numbers: -(128 + 8)
 _TWICE_128 = 0x43004300  # two bf16 numbers 128, whose low four mantissa bits count ones
 
@@ -43,9 +47,11 @@ class Body:
         depth: Steps whose weights are under way at a time.
         num_steps: Steps of a warp at most; those of every warp if `exact`.
         exact: Whether every warp has that many steps.
-        group_size: Inputs per scale: 32, 64 or 128; "w4" only.
-        bf16_scales: Whether scales are bfloat16, not float16; "w4" only.
+        group_size: Inputs per scale: 32, 64 or 128; not for "bf16".
+        bf16_scales: Whether scales are bfloat16, not float16; not for "bf16".
         gated: Whether the tile is 8 outputs of each of two weights; "bf16" only (a packed weight is laid out so).
+        live_rows: Whether only rows of x that exist are read, of up to 8: each program reads all of x, and eight rows
+            of which seven mean nothing are more bytes than a 4-bit weight.
     """
 
     kind: Kind
@@ -58,6 +64,7 @@ class Body:
     group_size: int = 32
     bf16_scales: bool = False
     gated: bool = False
+    live_rows: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -70,7 +77,7 @@ def ask(body: Body) -> tuple[str, str]:
     """Generate the first part: ask for the weights of the first steps, then wait for the kernel before.
 
     Operands: the registers of the weights; the lane's weight address at its warp's first step; its second address
-    ("w4": of the scales, "bf16": of the weights of outputs 8..15); the number of steps of its warp.
+    (of the scales; "bf16": of the weights of outputs 8..15); the number of steps of its warp.
 
     Args:
         body: What to generate.
@@ -99,7 +106,8 @@ def ask(body: Body) -> tuple[str, str]:
 def multiply(body: Body) -> tuple[str, str]:
     """Generate the second part: everything else.
 
-    Operands: the sums; the registers of the weights; the three of `ask`, but the lane's address of x before the last.
+    Operands: the sums; the registers of the weights; the three of `ask`, but the lane's address of x before the last;
+    the number of rows of x at and behind the lane's first.
 
     Args:
         body: What to generate.
@@ -109,16 +117,17 @@ def multiply(body: Body) -> tuple[str, str]:
     """
     writer = _Writer(body)
     names, num_sums = writer.registers(), body.num_outputs
-    address = [f"${num_sums + len(names) + n}" for n in range(4)]
+    address = [f"${num_sums + len(names) + n}" for n in range(5)]
     lines = [
         "{",
-        *writer.addresses(*address),
+        *writer.addresses(*address[:4]),
+        *([f".reg .pred mine;\nsetp.gt.s32 mine, {address[4]}, 0;"] if body.live_rows else []),
         *(f".reg .b32 {name};\nmov.b32 {name}, ${num_sums + n};" for n, name in enumerate(names)),
         *writer.loop(),
         *(f"mov.f32 ${n}, acc{n};" for n in range(num_sums)),
         "}",
     ]
-    return "\n".join(lines), ",".join(["=f"] * num_sums + ["r"] * len(names) + ["l", "l", "l", "r", "~{memory}"])
+    return "\n".join(lines), ",".join(["=f"] * num_sums + ["r"] * len(names) + ["l", "l", "l", "r", "r", "~{memory}"])
 
 
 def num_registers(body: Body) -> int:
@@ -133,18 +142,108 @@ def num_registers(body: Body) -> int:
     return len(_Writer(body).registers())
 
 
+def num_values(warps: int) -> int:
+    """Count the elements of a tile and 8 rows of x that a thread has after `reduce`.
+
+    Args:
+        warps: Warps of a program.
+
+    Returns:
+        1, or more where there are less than 128 threads.
+    """
+    return max(1, TILE * COLUMNS // (32 * warps))
+
+
+@cache
+def reduce(body: Body, warps: int) -> tuple[str, str]:
+    """Generate the third part: add up what the warps have, through shared memory; all threads take part.
+
+    Operands: `num_values` results per tile and column group, in the order of the sums; the sums; the thread's number T.
+    Result v of a tile is element T + 32 v warps of its 128, columns (rows of x) of 16 outputs in turn; threads past
+    the 128th repeat those of others.
+
+    Args:
+        body: The loop.
+        warps: Warps of a program.
+
+    Returns:
+        PTX with LLVM's operand names, and LLVM's constraints.
+    """
+    pairs, values = body.tiles * body.columns, num_values(warps)
+    at_once = min(pairs, max(1, MOST_SHARED // (warps * PART_BYTES)))
+    results, thread = pairs * values, f"${pairs * values + 4 * pairs}"
+    lines = [
+        "{",
+        f".shared .align 16 .b8 parts[{at_once * warps * PART_BYTES}];",
+        ".reg .b32 base, to, from, t;",
+        *(f".reg .f32 sum{n};" for n in range(results)),
+        *(f".reg .f32 part{w};" for w in range(warps)),
+        "mov.u32 base, parts;",
+        f"shr.u32 to, {thread}, 5;",  # the warp's part; there lane 4 g + t begins at 40 t + g
+        f"mul.lo.u32 to, to, {PART_BYTES};",
+        f"and.b32 t, {thread}, 3;",
+        "mul.lo.u32 t, t, 160;",
+        "add.u32 to, to, t;",
+        f"and.b32 t, {thread}, 28;",
+        "add.u32 to, to, t;",
+        "add.u32 to, to, base;",
+        f"and.b32 from, {thread}, 127;",  # element n is at n + 8 (n / 32), so that no two lanes meet in a bank
+        "shr.u32 t, from, 5;",
+        "shl.b32 from, from, 2;",
+        "shl.b32 t, t, 5;",
+        "add.u32 from, from, t;",
+        "add.u32 from, from, base;",
+    ]
+    for start in range(0, pairs, at_once):
+        chunk = range(start, min(pairs, start + at_once))
+        lines += ["bar.sync 0;"] if start else []  # what is overwritten has been read
+        for place, pair in enumerate(chunk):
+            for j in range(4):  # outputs g, g, g + 8, g + 8 and rows 2 t, 2 t + 1, 2 t, 2 t + 1
+                where = place * warps * PART_BYTES + 64 * (j % 2) + 32 * (j // 2)
+                lines.append(f"st.shared.f32 [to+{where}], ${results + 4 * pair + j};")
+        lines.append("bar.sync 0;")
+        for place, pair in enumerate(chunk):
+            for v in range(values):
+                first = place * warps * PART_BYTES + 160 * warps * v
+                lines += [f"ld.shared.f32 part{w}, [from+{first + w * PART_BYTES}];" for w in range(warps)]
+                lines += [f"add.f32 part0, part0, part{w};" for w in range(1, warps)]
+                lines.append(f"mov.f32 sum{pair * values + v}, part0;")
+    lines += [*(f"mov.f32 ${n}, sum{n};" for n in range(results)), "}"]
+    return "\n".join(lines), ",".join(["=f"] * results + ["f"] * (4 * pairs) + ["r", "~{memory}"])
+
+
+def exchange(distances: tuple[int, ...], add: bool = True) -> str:
+    """Generate an exchange between lanes: add up what lanes at these distances have, or take it.
+
+    Args:
+        distances: Powers of two.
+        add: Whether to add.
+
+    Returns:
+        PTX of one result and one operand.
+    """
+    lines = ["{", ".reg .f32 own, its;", "mov.f32 own, $1;"]
+    for distance in distances:
+        lines.append(f"shfl.sync.bfly.b32 its, own, {distance}, 31, 0xffffffff;")
+        lines.append("add.f32 own, own, its;" if add else "mov.f32 own, its;")
+    return "\n".join([*lines, "mov.f32 $0, own;", "}"])
+
+
 class _Writer:
     """Writes one loop; registers are named by what they hold."""
 
     def __init__(self, body: Body) -> None:
+        assert not body.live_rows or body.columns == 1, body
         self.body = body
         self.looped = body.num_steps > body.depth
         self.depth = min(body.depth, body.num_steps)
-        if body.kind == "w4":
-            self.groups = STEP["w4"] // body.group_size
-            self.tile_bytes = body.in_features * TILE // 2
-            self.scale_bytes = body.in_features // STEP["w4"] * self.groups * 32
-            self.step_bytes, self.second_step_bytes = 1024, self.groups * 32
+        self.packed = body.kind != "bf16"
+        self.words = 8 if body.kind == "w4" else 16  # registers of a step's weights
+        if self.packed:
+            self.groups = STEP[body.kind] // body.group_size
+            self.step_bytes, self.second_step_bytes = 128 * self.words, self.groups * 32
+            self.tile_bytes = body.in_features // STEP[body.kind] * self.step_bytes
+            self.scale_bytes = body.in_features // STEP[body.kind] * self.second_step_bytes
         else:
             self.groups = 0
             self.tile_bytes = self.scale_bytes = body.in_features * 2 * (8 if body.gated else TILE)
@@ -152,11 +251,10 @@ class _Writer:
 
     def registers(self) -> list[str]:
         """Name the registers of the weights under way."""
-        num_words = 8 if self.body.kind == "w4" else 16
         names = []
         for u in range(self.depth):
             for r in range(self.body.tiles):
-                names += [f"w{u}_{r}_{n}" for n in range(num_words)]
+                names += [f"w{u}_{r}_{n}" for n in range(self.words)]
                 names += [f"s{u}_{r}_{n}" for n in range(self.groups)]
         return names
 
@@ -170,7 +268,7 @@ class _Writer:
         """Multiply all steps, asking for the weights of later ones as registers fall free."""
         body = self.body
         out = [
-            ".reg .b32 t, minus, a0, a1, a2, a3;",
+            ".reg .b32 t, high, minus, a0, a1, a2, a3;",
             ".reg .b16 h0, h1;",
             ".reg .f32 zero, s0, s1;",
             ".reg .pred go, ahead;",
@@ -179,7 +277,8 @@ class _Writer:
         ]
         out += [f".reg .f32 acc{n};\nmov.f32 acc{n}, 0f00000000;" for n in range(body.num_outputs)]
         out += [f".reg .f32 off{n}, c{n};" for n in range(4 * body.columns)]
-        out += [f".reg .b32 x{c}_{i}_{n};" for c in range(body.columns) for i in range(self.blocks) for n in range(4)]
+        inputs = [f"x{c}_{i}_{n}" for c in range(body.columns) for i in range(self.blocks) for n in range(4)]
+        out += [f".reg .b32 {name};" for name in inputs]
         if self.looped:
             out += ["AGAIN:", f"setp.gt.s32 ahead, rem, {self.depth};"]
         for u in range(self.depth):
@@ -217,10 +316,10 @@ class _Writer:
         how = "ld.global.L1::no_allocate.L2::128B"  # with .nc, ptxas would move it behind the wait, to where it is used
         for r in range(self.body.tiles):
             first = step * self.step_bytes + r * self.tile_bytes
-            if self.body.kind == "w4":
-                for half in range(2):
-                    names = [f"w{u}_{r}_{4 * half + n}" for n in range(4)]
-                    load = f"{how}.v4.b32 {{{', '.join(names)}}}, [wa+{first + 512 * half}];"
+            if self.packed:
+                for part in range(self.words // 4):
+                    names = [f"w{u}_{r}_{4 * part + n}" for n in range(4)]
+                    load = f"{how}.v4.b32 {{{', '.join(names)}}}, [wa+{first + 512 * part}];"
                     out += self._guarded(step, names, load, guard)
                 names = [f"s{u}_{r}_{n}" for n in range(self.groups)]
                 where = f"[sa+{step * self.second_step_bytes + r * self.scale_bytes}]"
@@ -242,7 +341,15 @@ class _Writer:
             for c in range(self.body.columns):
                 names = [f"x{c}_{i}_{n}" for n in range(4)]
                 where = u * STEP[self.body.kind] * 2 + 64 * i + c * COLUMNS * self.body.in_features * 2
-                out += self._guarded(u, names, f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];", None)
+                load = f"ld.global.v4.b32 {{{', '.join(names)}}}, [xa+{where}];"
+                if not self.body.live_rows:
+                    out += self._guarded(u, names, load, None)
+                    continue
+                out += [f"mov.b32 {name}, 0;" for name in names]  # here, or ptxas makes a branch of each load
+                if self.body.exact:
+                    out.append(f"@mine {load}")
+                else:
+                    out += [f"setp.gt.s32 go, rem, {u};", "and.pred go, go, mine;", f"@go {load}"]
         return out
 
     def _mma(self, out: str, n: int, a: list[str], x: tuple[str, str], c: list[str]) -> str:
@@ -254,13 +361,13 @@ class _Writer:
 
     def _multiply(self, u: int) -> list[str]:
         """Multiply a step; few rows of x are all asked for at first, many as they are needed, to spare registers."""
-        size = self.body.group_size // 32 if self.body.kind == "w4" else 1
+        size = self.body.group_size // 32 if self.packed else 1
         groups = [range(first, first + size) for first in range(0, self.blocks, size)]
         early = self.body.columns <= 2
         out = self._x(u, range(self.blocks)) if early else []
         for number, blocks in enumerate(groups):
             out += [] if early else self._x(u, blocks)
-            out += self._group_w4(u, number, blocks) if self.body.kind == "w4" else self._block_bf16(u, number)
+            out += self._group(u, number, blocks) if self.packed else self._block_bf16(u, number)
         return out
 
     def _block_bf16(self, u: int, i: int) -> list[str]:
@@ -275,21 +382,22 @@ class _Writer:
                     out.append(self._mma("acc", n, a, x, [f"acc{n + j}" for j in range(4)]))
         return out
 
-    def _group_w4(self, u: int, group: int, blocks: Iterable[int]) -> list[str]:
+    def _group(self, u: int, group: int, blocks: Iterable[int]) -> list[str]:
         body, out = self.body, []
         inputs = [(i, half) for i in blocks for half in range(2)]
-        for c in range(body.columns):
+        for c in range(body.columns if body.kind == "w4" else 0):
             for number, (i, half) in enumerate(inputs):
                 x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
                 start = ["zero"] * 4 if number == 0 else [f"off{4 * c + j}" for j in range(4)]
                 out.append(self._mma("off", 4 * c, ["minus"] * 4, x, start))
         for r in range(body.tiles):
             for number, (i, half) in enumerate(inputs):
-                out += self._unpack(f"w{u}_{r}_{2 * i + half}")
+                out += self._unpack(u, r, 2 * i + half)
                 for c in range(body.columns):
                     x = (f"x{c}_{i}_{2 * half}", f"x{c}_{i}_{2 * half + 1}")
-                    source = "off" if number == 0 else "c"
-                    sums = [f"{source}{4 * c + j}" for j in range(4)]
+                    sums = [f"{'c' if number else 'off'}{4 * c + j}" for j in range(4)]
+                    if body.kind == "w8" and number == 0:
+                        sums = ["zero"] * 4
                     out.append(self._mma("c", 4 * c, ["a0", "a1", "a2", "a3"], x, sums))
             out += self._scales(f"s{u}_{r}_{group}")
             for c in range(body.columns):
@@ -297,15 +405,31 @@ class _Writer:
                 out += [f"fma.rn.f32 acc{n + j}, c{4 * c + j}, s{j // 2}, acc{n + j};" for j in range(4)]
         return out
 
-    def _unpack(self, word: str) -> list[str]:
-        """Make a0..a3, two bf16 numbers 128 + q each, out of eight nibbles."""
-        out = []
+    def _unpack(self, u: int, r: int, number: int) -> list[str]:
+        """Make a0..a3, two bf16 numbers each: 128 + q of eight nibbles, or the weights of eight bytes."""
+        if self.body.kind == "w8":
+            words = [f"w{u}_{r}_{2 * number + n}" for n in range(2)]
+            return [line for n, word in enumerate(words) for line in self._unpack_bytes(word, 2 * n)]
+        word, out = f"w{u}_{r}_{number}", []
         for j in range(4):
             shifted = word
             if j:
                 out.append(f"shr.u32 t, {word}, {4 * j};")
                 shifted = "t"
             out.append(f"lop3.b32 a{j}, {shifted}, 0x000f000f, {_TWICE_128:#010x}, 0xEA;")
+        return out
+
+    @staticmethod
+    def _unpack_bytes(word: str, first: int) -> list[str]:
+        """Make two of a0..a3 out of four bytes, whose highest bits are inverted."""
+        out = []
+        for a in (first, first + 1):
+            if a > first:
+                out.append(f"shr.u32 t, {word}, 8;")
+                word = "t"
+            out.append(f"lop3.b32 a{a}, {word}, 0x007f007f, {_TWICE_128:#010x}, 0xEA;")
+            out.append(f"lop3.b32 high, {word}, 0x00800080, {_TWICE_128:#010x}, 0xEA;")
+            out.append(f"sub.rn.bf16x2 a{a}, a{a}, high;")
         return out
 
     def _scales(self, word: str) -> list[str]:

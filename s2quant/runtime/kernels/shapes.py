@@ -6,11 +6,15 @@ from itertools import product
 
 from s2quant.runtime.kernels.linear import Shape, Weight
 from s2quant.runtime.kernels.ptx import STEP
+from s2quant.runtime.kernels.tuned import TABLE
 
 Key = tuple[str, int, int, bool, int]
 """kind, out_features, in_features, gated, groups of 8 rows."""
 
-TUNED: dict[Key, Shape] = {}
+TUNED: dict[Key, Shape] = {
+    key: Shape(warps=warps, tiles=tiles, depth=depth, columns=columns)
+    for key, (warps, tiles, depth, columns) in TABLE.items()
+}
 
 
 def key_of(weight: Weight, columns: int) -> Key:
@@ -26,36 +30,42 @@ def key_of(weight: Weight, columns: int) -> Key:
     return weight.kind, weight.out_features, weight.in_features, weight.gated, columns
 
 
-def shape_for(weight: Weight, columns: int) -> Shape:
+def shape_for(weight: Weight, columns: int, narrow: bool = True) -> Shape:
     """Choose how to cut a linear up.
 
     Args:
         weight: The weight.
         columns: Groups of 8 rows that a program takes.
+        narrow: See `rule`.
 
     Returns:
-        The measured best, or the rule's: as many warps as leave each about five steps, all under way at once.
+        The measured best, or the rule's.
     """
     tuned = TUNED.get(key_of(weight, columns))
-    return rule(weight, columns) if tuned is None else tuned
+    return rule(weight, columns, narrow) if tuned is None else tuned
 
 
-def rule(weight: Weight, columns: int) -> Shape:
-    """Cut a linear up by rule.
+def rule(weight: Weight, columns: int, narrow: bool = True) -> Shape:
+    """Cut a linear up by rule: as many warps as leave each about five steps (four of 8 bits), all under way.
+
+    Sixteen warps of a hundred registers are a whole SM: 160 programs (2560 outputs) would run one after the other on
+    28 of 132 SMs, and the next kernel would have nowhere to ask for its weights from. Eight leave room for both.
 
     Args:
         weight: The weight.
         columns: Groups of 8 rows that a program takes.
+        narrow: Whether there are at most 8 warps, not 16.
 
     Returns:
         The shape.
     """
     steps = weight.in_features // STEP[weight.kind]
     warps = 1
-    while warps < 16 and steps / warps > 5:
+    most_depth = 4 if weight.kind == "w8" and narrow else 5
+    while warps < (8 if narrow else 16) and steps / warps > most_depth:
         warps *= 2
     most = -(-steps // warps)
-    wanted = 5 if columns <= 2 else 2
+    wanted = most_depth if columns <= 2 else 2
     exact = [depth for depth in range(min(wanted, most), 1, -1) if most % depth == 0]
     depth = exact[0] if exact else min(wanted, most)
     tiles = 2 if columns >= 4 and weight.num_tiles % 2 == 0 else 1
@@ -74,14 +84,17 @@ def candidates(weight: Weight, columns: int) -> list[Shape]:
     """
     found = [rule(weight, columns)]
     steps = weight.in_features // STEP[weight.kind]
-    widths = {columns, min(columns, 4)}
-    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 4, 5), sorted(widths)):
+    widths, per_step = {columns, min(columns, 4)}, {"w4": 12, "w8": 18, "bf16": 16}[weight.kind]
+    room = 100 if columns <= 2 else 200  # see SHARED_REGISTERS: the loop is not all that needs some
+    for warps, tiles, depth, width in product((4, 8, 16), (1, 2, 4), (1, 2, 3, 4, 5), sorted(widths)):
         most = -(-steps // warps)
-        registers = tiles * (min(depth, most) * (12 if weight.kind == "w4" else 16) + 4 * width) + 12 * width
-        wasteful = most % depth and (depth < 4 or most < depth)
-        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= 200 or warps > steps:
+        registers = tiles * (min(depth, most) * per_step + 4 * width) + 12 * width
+        wasteful = most % depth and (depth < 3 or most < depth)
+        if weight.num_tiles % tiles or wasteful or not 24 <= registers <= room or warps > steps:
             continue
-        if (width >= 4 and tiles == 1) or (width <= 2 and tiles > 1 and weight.num_tiles < 512):
+        if (width >= 4 and tiles == 1 and weight.num_tiles >= 512) or (
+            width <= 2 and tiles > 1 and weight.num_tiles < 512
+        ):
             continue  # many rows of x: read them for several tiles; few rows: have many programs
         found.append(Shape(warps=warps, tiles=tiles, depth=depth, columns=width))
     return list(dict.fromkeys(found))

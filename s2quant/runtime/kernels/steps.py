@@ -6,9 +6,10 @@ Legend: B rows, D width, N codebooks, C semantic candidates and the end, R resid
 numbers kept per slot.
 
 The draw is `s2quant.runtime.sampler`'s, rank by rank: take the best candidate left, stop where the cumulative
-probability or the rank says so, keep the one with the largest p / -ln u. So only the candidates that survive cost
-time, any top_k is served, and ties go to the lower index. Every vector is written three ways: as it is (float32), as
-the next linear wants it (times the norm's weight, in its order), and as the sum of its squares.
+probability or the rank says so; then, of all down to the last that stayed, the one with the largest p / -ln u. So only
+the candidates that survive cost time, any top_k is served, and ties go to the lower index. Every vector is written
+three ways: as it is (float32), as the next linear wants it (times the norm's weight, in its order), and as the sum of
+its squares.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ def _rounded(x, DEVICE: tl.constexpr):
 
 
 @triton.jit
-def _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED: tl.constexpr):
-    """Write a row of the hidden vectors, and of the next linear's input."""
-    x = tl.where(inside, x, 0.0)
-    tl.store(hidden + row * D + d, x, inside)
+def _next_linear(norm, place, d, inside, PLACED: tl.constexpr):
+    """Read what the next linear wants: the weight of its norm, and where it wants each element."""
     target = d
     if PLACED:
         target = tl.load(place + d, inside, 0)
-    y = x * tl.load(norm + d, inside, 0.0).to(tl.float32)
+    return tl.load(norm + d, inside, 0.0), target
+
+
+@triton.jit
+def _write_vector(x, d, inside, norm, target, hidden, out, squares, row, D):
+    """Write a row of the hidden vectors, and of the next linear's input."""
+    x = tl.where(inside, x, 0.0)
+    tl.store(hidden + row * D + d, x, inside)
+    y = x * norm.to(tl.float32)
     tl.store(out + row * D + target, y.to(out.dtype.element_ty), inside)
     tl.store(squares + row, tl.sum(x * x, axis=0))
 
@@ -48,10 +55,11 @@ def embed_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, CODEBOOKS: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Look up a column: the token, and at a frame its codes, as `SlowAR.embed` rounds them."""
-    begin(DEVICE)
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
+    weight, target = _next_linear(norm, place, d, inside, PLACED)
+    begin(DEVICE)
     column = columns + row * (1 + CODEBOOKS)
     token = tl.load(column)
     x = tl.load(text + token * D + d, inside, 0.0).to(tl.float32)
@@ -61,7 +69,7 @@ def embed_kernel(
             code = tl.load(column + 1 + i) + i * codebook_size
             sums += tl.load(audio + code * D + d, inside, 0.0).to(tl.float32)
         x = _rounded(_rounded(x + _rounded(sums, DEVICE), DEVICE) / root, DEVICE)
-    _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED)
+    _write_vector(x, d, inside, weight, target, hidden, out, squares, row, D)
 
 
 @triton.jit
@@ -75,6 +83,15 @@ def _next(left, index, cumulated, largest):
 def _score(value, best, uniform, temperature, SMALLEST: tl.constexpr):
     """Say how a survivor does in the draw."""
     return tl.exp((value - best) / tl.maximum(temperature, 1e-5)) / -tl.log(tl.maximum(uniform, SMALLEST))
+
+
+@triton.jit
+def _winner(logits, index, low, at, best, uniform, temperature, SMALLEST: tl.constexpr):
+    """Draw among the candidates down to the one of logit `low` at index `at`."""
+    stays = (logits > low) | ((logits == low) & (index <= at))
+    score = tl.where(stays, _score(logits, best, uniform, temperature, SMALLEST), -1.0)
+    _, winner = tl.max(score, axis=0, return_indices=True)
+    return winner
 
 
 @triton.jit
@@ -94,37 +111,43 @@ def semantic_kernel(
     MAX_SQUARES: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Draw the semantic code or the end, with its one swap; begin the Fast AR with the hidden vector and the code."""
-    begin(DEVICE)
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    left = tl.load(logits + row * C + index, index < C, float("-inf"))
-    left = tl.where((index == C - 1) & (tl.load(ignore_end + row).to(tl.int32) != 0), float("-inf"), left)
+    d = tl.arange(0, D_BLOCK)
+    inside = d < D
+    weight, target = _next_linear(norm, place, d, inside, PLACED)
+    slow_weight = tl.load(slow_norm + d, inside, 0.0)
+    begin(DEVICE)
+    all_logits = tl.load(logits + row * C + index, index < C, float("-inf"))
+    is_end = (index == C - 1) & (tl.load(ignore_end + row).to(tl.int32) != 0)
+    all_logits = tl.where(is_end, float("-inf"), all_logits)
+    left = all_logits
     largest, best = _log_sum_exp(left)
-    noise = uniform + (row * KEPT + tl.load(draws + row) % KEPT) * (2 * C)
+    noise = uniform + (row * KEPT + tl.load(draws + row) % KEPT) * (2 * C) + index
+    normal_noise = tl.load(noise, index < C, 0.5)
+    hot_noise = tl.load(noise + C, index < C, 0.5)
     heat = tl.load(temperature + row)
     most = tl.load(top_k + row)
     share = tl.load(top_p + row)
     rank = 0
     cumulated = 0.0
-    normal = 0
-    hot = 0
-    normal_score = -1.0
-    hot_score = -1.0
+    normal_low = best
+    normal_at = 0
+    hot_low = best
+    hot_at = 0
     going = True
     while going:
         value, which, cumulated, left = _next(left, index, cumulated, largest)
         normal_stays = (rank == 0) | ((cumulated <= share) & (rank < most))
         hot_stays = (rank == 0) | ((cumulated <= RAS_P) & (rank < most))
-        score = _score(value, best, tl.load(noise + which), heat, SMALLEST)
-        better = normal_stays & (score > normal_score)
-        normal = tl.where(better, which, normal)
-        normal_score = tl.where(better, score, normal_score)
-        score = _score(value, best, tl.load(noise + C + which), RAS_T, SMALLEST)
-        better = hot_stays & (score > hot_score)
-        hot = tl.where(better, which, hot)
-        hot_score = tl.where(better, score, hot_score)
+        normal_low = tl.where(normal_stays, value, normal_low)
+        normal_at = tl.where(normal_stays, which, normal_at)
+        hot_low = tl.where(hot_stays, value, hot_low)
+        hot_at = tl.where(hot_stays, which, hot_at)
         rank += 1
         going = (normal_stays | hot_stays) & (rank < C) & (value > float("-inf"))
+    normal = _winner(all_logits, index, normal_low, normal_at, best, normal_noise, heat, SMALLEST)
+    hot = _winner(all_logits, index, hot_low, hot_at, best, hot_noise, RAS_T, SMALLEST)
     slots = tl.arange(0, 16)
     recent = tl.load(windows + row * WINDOW + slots, slots < WINDOW, -1)
     later = tl.load(windows + row * WINDOW + slots + 1, slots < WINDOW - 1, 0)
@@ -138,15 +161,13 @@ def semantic_kernel(
     code = tl.where(drawn == C - 1, 0, drawn).to(tl.int64)
     tl.store(columns + row * COLUMN, tl.where(drawn == C - 1, end_token, drawn + first_semantic).to(tl.int64))
     tl.store(columns + row * COLUMN + 1, code)
-    d = tl.arange(0, D_BLOCK)
-    inside = d < D
     places = tl.arange(0, MAX_SQUARES)
     total = tl.sum(tl.load(slow_squares + row * num_squares + places, places < num_squares, 0.0), axis=0)
     x = tl.load(slow_hidden + row * D + d, inside, 0.0) * (1 / tl.sqrt(total / D + slow_eps))
-    x = _rounded(_rounded(x, DEVICE) * tl.load(slow_norm + d, inside, 0.0).to(tl.float32), DEVICE)
-    _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED)
+    x = _rounded(_rounded(x, DEVICE) * slow_weight.to(tl.float32), DEVICE)
+    _write_vector(x, d, inside, weight, target, hidden, out, squares, row, D)
     x = tl.load(embeddings + code * D + d, inside, 0.0).to(tl.float32)
-    _write_vector(x, d, inside, norm, place, hidden, out, squares, batch + row, D, PLACED)
+    _write_vector(x, d, inside, weight, target, hidden, out, squares, batch + row, D)
 
 
 @triton.jit
@@ -158,40 +179,42 @@ def residual_kernel(
     DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Draw a residual code; feed it back, or end the frame."""
-    begin(DEVICE)
     row = tl.program_id(0)
     index = tl.arange(0, BLOCK)
-    left = tl.load(logits + row * R + index, index < R, float("-inf"))
+    d = tl.arange(0, D_BLOCK)
+    inside = d < D
+    weight, target = _next_linear(norm, place, d, inside, PLACED)
+    begin(DEVICE)
+    all_logits = tl.load(logits + row * R + index, index < R, float("-inf"))
+    left = all_logits
     largest, best = _log_sum_exp(left)
     drawn = tl.load(draws + row)
-    noise = uniform + ((row * KEPT + drawn % KEPT) * (CODEBOOKS - 1) + number - 1) * R
+    noise = uniform + ((row * KEPT + drawn % KEPT) * (CODEBOOKS - 1) + number - 1) * R + index
+    its_noise = tl.load(noise, index < R, 0.5)
     heat = tl.load(temperature + row)
     most = tl.load(top_k + row)
     share = tl.load(top_p + row)
     rank = 0
     cumulated = 0.0
-    code = 0
-    best_score = -1.0
+    low = best
+    at = 0
     going = True
     while going:
         value, which, cumulated, left = _next(left, index, cumulated, largest)
         stays = (rank == 0) | ((cumulated <= share) & (rank < most))
-        score = _score(value, best, tl.load(noise + which), heat, SMALLEST)
-        better = stays & (score > best_score)
-        code = tl.where(better, which, code)
-        best_score = tl.where(better, score, best_score)
+        low = tl.where(stays, value, low)
+        at = tl.where(stays, which, at)
         rank += 1
         going = stays & (rank < R) & (value > float("-inf"))
+    code = _winner(all_logits, index, low, at, best, its_noise, heat, SMALLEST)
     tl.store(columns + row * (1 + CODEBOOKS) + 1 + number, tl.cast(code, tl.int64))
     if LAST:
         tl.store(positions + row, tl.load(positions + row) + 1)
         tl.store(draws + row, drawn + 1)
         tl.store(first + row, 0)
     else:
-        d = tl.arange(0, D_BLOCK)
-        inside = d < D
         x = tl.load(embeddings + tl.cast(code, tl.int64) * D + d, inside, 0.0).to(tl.float32)
-        _write_vector(x, d, inside, norm, place, hidden, out, squares, row, D, PLACED)
+        _write_vector(x, d, inside, weight, target, hidden, out, squares, row, D)
 
 
 def vector_arguments(dim: int, place: Tensor | None) -> dict[str, Any]:

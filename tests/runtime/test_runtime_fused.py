@@ -1,0 +1,88 @@
+"""Whole fused frames of a very small model against the plain decoder: in Triton's interpreter, or on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import runtime_cases as cases
+import torch
+from model_cases import _config, _sizes
+
+from s2quant.checkpoint.config import S2Config
+from s2quant.model import DualAR
+from s2quant.runtime.linears import make_linear
+from s2quant.runtime.load import set_module
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+DEVICE = "cpu" if INSIDE else "cuda"
+NEEDED = pytest.mark.gpu(pytest.mark.skipif(not HAS_GPU, reason="needs a Hopper GPU, or the interpreter"))
+RESIDUAL = 64
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-5000:]
+    assert " passed" in found.stdout and "failed" not in found.stdout
+
+
+def models(bits_of):
+    """Give the same model twice, its quantized linears by the reference and by our kernels."""
+    sizes = (128, 4, 2, 32, 128)
+    raw = _config(3, _sizes(1, *sizes, True), _sizes(1, *sizes, False))
+    raw["audio_decoder_config"]["tie_word_embeddings"] = False
+    torch.manual_seed(0)
+    dense = DualAR(S2Config.from_json(raw)).to(torch.bfloat16).eval().requires_grad_(False)
+    for name, parameter in dense.named_parameters():
+        scale = 1.0 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        parameter.copy_(noise * scale + (1.0 if parameter.ndim == 1 else 0.0) * (1 - noise))
+    found = []
+    for backend in ("reference", "triton"):
+        model = DualAR(dense.config).to(torch.bfloat16).eval().requires_grad_(False)
+        model.load_state_dict(dense.state_dict())
+        linears = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        shared: torch.Tensor | None = None
+        for number, (name, module) in enumerate(linears):
+            bits = bits_of(name)
+            if bits is None:
+                continue
+            weight = cases.quantized_weight(module.out_features, module.in_features, bits=bits, seed=number)
+            if name.endswith("w3"):
+                weight = type(weight)(**{**vars(weight), "g_idx": shared})
+            elif name.endswith("w1"):
+                shared = weight.g_idx
+            set_module(model, name, make_linear(weight.to(DEVICE), torch.bfloat16, backend))
+        found.append(model.to(DEVICE))
+    return found
+
+
+CHECKPOINTS = {
+    "bf16": lambda name: None,
+    "4 bits, but w2, and an 8-bit Fast AR": lambda name: (
+        8 if name.startswith("fast") else None if name.endswith("w2") else 4
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
+def test_frames_are_the_plain_decoder_s(checkpoint):
+    from tools.speed import frames
+
+    plain, packed = models(CHECKPOINTS[checkpoint])
+    tokens = frames.forced_tokens(plain.config, 6, 1)
+    logits, hidden = frames.plain_logits(plain, tokens, 6)
+    fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL)
+    plain_last = frames.fast_last_logits(plain, hidden, drawn[:, 1:].to(DEVICE), RESIDUAL)
+    for ours, theirs in ((fused, logits), (last, plain_last)):
+        assert torch.isfinite(ours).all() and ours.shape == theirs.shape
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.03
+    assert (drawn[:, 2:] < RESIDUAL).all() and (drawn >= 0).all()
+
+
+if not INSIDE:
+    test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

@@ -1,0 +1,87 @@
+"""The speed check's own parts: what is left out is said, what fails is kept, the page reads what there is."""
+
+import argparse
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def check(tmp_path):
+    from tools.speed_check import PARTS, Check
+
+    options = argparse.Namespace(
+        out=tmp_path, only=list(PARTS), size="tiny", device="cpu", seconds=100.0, how="best", go_on=False, preload=[]
+    )
+    return Check(options)
+
+
+def test_every_part_is_bounded_and_what_one_leaves_goes_to_the_others(check):
+    from tools.speed_check import PARTS, SHARES, WHOLE_S
+
+    assert sum(SHARES.values()) <= WHOLE_S <= 300
+    for part in PARTS:
+        check.begin(part)
+        assert check.deadline <= check.until
+    check.begin("bandwidth")
+    assert check.deadline - time.perf_counter() < 100 * 2 * SHARES["bandwidth"] / sum(SHARES.values())
+
+
+def test_what_there_is_no_time_for_is_recorded_and_every_item_written(check):
+    seen = []
+    for name, found in check.items("frames", ["a", "b", "c"]):
+        found.append({"name": name})
+        seen.append(name)
+        if name == "b":
+            check.deadline = 0.0
+    assert seen == ["a", "b"]
+    assert json.loads((check.options.out / "speed.json").read_text())["frames"] == [
+        {"name": "a"}, {"name": "b"}, {"left_out": "c"}
+    ]  # fmt: skip
+
+
+def test_a_failure_is_kept_beside_what_was_known(check):
+    row = check.tried({"model": "m"}, lambda: {}["missing"])
+    assert row["model"] == "m" and row["failed"].startswith("KeyError")
+
+
+def test_variants_leave_out_one_thing_each(check):
+    from tools.speed_check import as_first, variants_of
+
+    ways = variants_of(check)
+    assert len(set(ways.values())) == len(ways) and ways["all"] == check.how
+    assert not ways["without flat"].flat and ways["without flat"].live_rows
+    first = as_first(check.how)
+    assert first.early and not (first.flat or first.live_rows or first.loads_first or first.narrow)
+
+
+def test_bandwidth_counts_what_is_moved():
+    from tools.speed.timing import bandwidth
+
+    found = bandwidth(torch.device("cpu"), 1 << 22)
+    assert set(found) == {"copy_bytes_per_s", "read_bytes_per_s", "memcpy_bytes_per_s"} and min(found.values()) > 1e7
+
+
+def test_the_page_says_what_is_known():
+    from tools.speed.page import markdown
+
+    frame = {"model": "w4a16", "fused": True, "ms_loop": 2.0, "rtf": 0.05, "audio_s_per_s": 20.0, "ready_s": 1.0}
+    page = markdown(
+        {
+            "device": "d", "torch": "1", "triton": "2", "bandwidth": {"read_bytes_per_s": 4e12},
+            "kernels": [{"case": "w4 wo", "rows": 1, "right": True, "errors": {"out": 0.0}}],
+            "frames": [frame | {"batch": 1, "ms": 2.0}, {"batch": 8, "failed": "no"}],
+            "variants": [
+                {"model": "w4a16", "batch": 1, "how": "all", "ms": 2.0},
+                {"model": "w4a16", "batch": 1, "how": "without flat", "ms": 2.25},
+            ],
+            "linears": [{"case": "w4 wo", "rows": 1, "bytes": 4_000_000, "ours_us": 2.0}, {"left_out": "x"}],
+        }
+    )  # fmt: skip
+    assert "1 of 1 products right" in page and "read 4.00" in page
+    assert "| w4a16 | 1 | without flat | 2.250 | +0.250 |" in page
+    assert "| w4 wo | 1 | 2.0 | 1.0 |" in page and "failed" not in page
