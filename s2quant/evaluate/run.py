@@ -28,6 +28,7 @@ from s2quant.evaluate.plan import EvalOptions, EvalPlan, make_plan
 from s2quant.evaluate.ranks import Ranks, find_ranks
 from s2quant.evaluate.results import build_results, write_summary
 from s2quant.evaluate.score import Backends, embed, make_records, transcribe
+from s2quant.evaluate.shared import check_shared, take_baseline
 from s2quant.evaluate.similarity import load_similarity
 from s2quant.evaluate.stats import binomial_interval, smallest_detectable
 from s2quant.evaluate.store import Store, load_array
@@ -137,10 +138,15 @@ def _begin(options: EvalOptions, plan: EvalPlan, progress: Progress) -> None:
     }
     if path.is_file():
         _check_same(read_json(path), facts, options.out)
+    if options.baseline_run is not None:
+        check_shared(options.baseline_run, facts)
     facts["backends"] = {"asr": backends.asr, "similarity": backends.similarity}
     facts["arms"] = {name: _arm_facts(one) for name, one in checkpoints.items()}
     with atomic_file(path, overwrite=True) as partial:
         write_json(partial, facts)
+    if options.baseline_run is not None:
+        progress("taking the baseline's speech", 0, 1)
+        take_baseline(options.baseline_run, plan, Store(folder=options.out))
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
