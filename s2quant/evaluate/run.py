@@ -11,6 +11,7 @@ depend. Several processes meet between the steps; the first one does what is don
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ from s2quant.runtime.speak import DTYPES
 RUN_VERSION = 1
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")
 SPEED_FRAMES = 64
+MAX_LISTENERS = 8  # processes of a recognizer that uses one core; about 100 MB each
 SPEED_REPEATS = 3
 
 
@@ -94,7 +96,8 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     device = options.device
     if backends.asr is not None:
         kind, model = plan.suite.asr, plan.asr_model
-        transcribe(plan, lambda: load_asr(kind, model, device), backends.asr, store, ranks, progress)
+        processes = max(1, min(MAX_LISTENERS, (os.cpu_count() or 1) // ranks.world))
+        transcribe(plan, lambda: load_asr(kind, model, device, processes), backends.asr, store, ranks, progress)
     if backends.similarity is not None:
         what, path = plan.suite.similarity, plan.similarity_model
         embed(plan, lambda: load_similarity(what, path, device), backends.similarity, store, ranks, progress)
