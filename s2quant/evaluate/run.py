@@ -313,6 +313,7 @@ def _measure_speed(options: EvalOptions, plan: EvalPlan, store: Store, progress:
         device=options.device,
         dtype=DTYPES[options.dtype],
         linears=options.linears,
+        progress=lambda phase, done, total: progress(f"timing, {phase}", done, total),
     )
     with atomic_file(path, overwrite=True) as partial:
         write_json(partial, found)
