@@ -119,7 +119,10 @@ def test_the_table_of_three_recipes(tiny_folder: Path, tmp_path: Path, ears: Non
     assert cells["tiny-w4a16"]["wer_less_reference"] == ""
     page = (tmp_path / "out/recipes.md").read_text("utf-8")
     assert page.count("\n| tiny-w8a16 |") == 2 and page.count("\n| tiny-w4a16 |") == 1
-    assert "\n- tiny-w4a16-text: equal bytes; " in page and "\n| bf16 |" in page
+    assert "\nNothing: intervals of fewer than 50 texts" in page and "\n| bf16 |" in page
+    many = recipes_page.page(table | {"statistics": {"clusters": 50}})
+    assert "\n- tiny-w4a16-text: equal bytes; " in many and "\nNothing" not in many
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 2  # two whole tables
     # again: nothing is made anew; more texts: only what is new
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work/checkpoints").rglob("*.safetensors")}
     assert recipes_table.run(chosen) == table and Ears.heard == 2 * 5
