@@ -27,7 +27,8 @@ from torch import Tensor
 
 from s2quant.errors import UserError
 from s2quant.evaluate.sphinx_pool import SphinxPool
-from s2quant.evaluate.sphinx_worker import RATE_HZ, hear, new_decoder
+from s2quant.evaluate.sphinx_worker import RATE_HZ as RATE_HZ
+from s2quant.evaluate.sphinx_worker import hear, new_decoder
 from s2quant.files import sha256_file
 from s2quant.suite import ASR_KINDS
 

@@ -9,7 +9,7 @@ little-endian, and that many bytes; a clip is 16-bit PCM at 16 kHz. The process 
 from __future__ import annotations
 
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 RATE_HZ = 16000
 
@@ -51,7 +51,7 @@ def hear(decoder: Any, pcm: bytes) -> str:
     return str(found.hypstr) if found is not None else ""
 
 
-def send(stream: BinaryIO, data: bytes) -> None:
+def send(stream: IO[bytes], data: bytes) -> None:
     """Write a message.
 
     Args:
@@ -62,7 +62,7 @@ def send(stream: BinaryIO, data: bytes) -> None:
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> bytes | None:
+def receive(stream: IO[bytes]) -> bytes | None:
     """Read a message.
 
     Args:
