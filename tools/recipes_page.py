@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2quant.evaluate.metrics import MAX_JUDGED_WER
 from s2quant.files import atomic_file, write_json
 from s2quant.report.format import MISSING, adaptive, fixed
 
@@ -199,7 +200,7 @@ def _against_table(table: Mapping[str, Any]) -> list[str]:
         if row["against"] is None:
             continue
         share = 100 * (row["tensor_bytes"] / reference["tensor_bytes"] - 1)
-        cells = [row["name"], fixed(share, 1, signed=True) or MISSING]
+        cells = [row["name"], adaptive(share, signed=True) or MISSING]
         for figure in FIGURES:
             found = row["against"][figure.name]
             cells.append(figure.number(found["delta"], True) + figure.range(found["interval"], True))
@@ -213,14 +214,18 @@ def _decided(table: Mapping[str, Any]) -> list[str]:
     if table["statistics"]["clusters"] < MIN_TEXTS:
         return [*lines, f"Nothing: intervals of fewer than {MIN_TEXTS} texts are far too narrow."]
     reference = next(row for row in table["recipes"] if row["name"] == table["reference"])
+    spoken = (reference["own"]["wer"]["baseline"] or 0.0) <= MAX_JUDGED_WER
+    if not spoken:
+        lines += [f"bf16 is not understood (WER above {100 * MAX_JUDGED_WER:.0f} %): its words decide nothing.", ""]
     for row in table["recipes"]:
         if row["against"] is None:
             continue
         size = row["tensor_bytes"] - reference["tensor_bytes"]
         known: dict[str, list[str]] = {"more": [], "less": [], "the same": [], "not decided": []}
         for figure in FIGURES:
-            name = figure.title.partition(",")[0]
-            known[direction(row["against"][figure.name]["interval"])].append(name)
+            word = direction(row["against"][figure.name]["interval"])
+            word = word if spoken or figure.name != "wer" else "not decided"
+            known[word].append(figure.title.partition(",")[0])
         parts = [f"{size:+,} bytes" if size else "equal bytes"]
         parts += [f"{word}: {', '.join(names)}" for word, names in known.items() if names]
         lines.append(f"- {row['name']}: {'; '.join(parts)}.")

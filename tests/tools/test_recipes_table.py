@@ -122,6 +122,16 @@ def test_the_table_of_three_recipes(tiny_folder: Path, tmp_path: Path, ears: Non
     assert "\nNothing: intervals of fewer than 50 texts" in page and "\n| bf16 |" in page
     many = recipes_page.page(table | {"statistics": {"clusters": 50}})
     assert "\n- tiny-w4a16-text: equal bytes; " in many and "\nNothing" not in many
+    understood = json.loads(json.dumps(table | {"statistics": {"clusters": 50}}))
+    for row in understood["recipes"]:
+        row["own"]["wer"]["baseline"] = 0.1
+        if row["against"]:
+            row["against"]["wer"]["interval"] = [0.1, 0.2]
+    assert "WER" in recipes_page.page(understood).split("more: ")[1].partition(";")[0]
+    for row in understood["recipes"]:
+        row["own"]["wer"]["baseline"] = 0.6
+    assert "bf16 is not understood (WER above 50 %)" in recipes_page.page(understood)
+    assert "WER" not in recipes_page.page(understood).split("more: ")[1].partition(";")[0]
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 2  # two whole tables
     # again: nothing is made anew; more texts: only what is new
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work/checkpoints").rglob("*.safetensors")}
