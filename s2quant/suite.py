@@ -176,6 +176,8 @@ def load_suite(path: Path, texts: Path | None = None) -> Suite:
     voices = _voices(data.get("voices", {}), path.parent, faults)
     utterances, texts_sha256 = _texts(data.get("texts"), path.parent, texts, voices, faults)
     _languages(utterances, str(values["normalizer"]), faults)
+    if "similarity_to_prompt" in values["margins"] and utterances and not any(one.prompt_audio for one in utterances):
+        faults.append("margins.similarity_to_prompt, and no text has a voice: it would never be judged")
     if faults:
         raise UserError(f"suite {path}:\n{shorten_list(faults)}", "a suite as in eval/README.md", "mend the suite")
     hashes = [sha256_text(source), texts_sha256, *(voices[name].sha256 for name in sorted(voices))]

@@ -34,6 +34,10 @@ def add(commands: Any) -> None:
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument("--slots", type=int, default=8, metavar="N", help="utterances in progress at a time")
     command.add_argument(
+        "--baseline-run", type=Path, metavar="DIR",
+        help="another run of the suite with this baseline, whose speech of it is taken instead of made anew",
+    )  # fmt: skip
+    command.add_argument(
         "--layer-groups", type=int, metavar="N",
         help="token damage of N groups of Slow AR blocks and of the Fast AR, each alone; holds both models in memory",
     )  # fmt: skip
@@ -71,6 +75,7 @@ def _eval(options: argparse.Namespace) -> int:
                 asr_model=_official_or_absolute(options.asr_model),
                 similarity_model=options.similarity_model,
                 num_slots=options.slots,
+                baseline_run=options.baseline_run,
                 layer_groups=options.layer_groups,
             ),
             report,

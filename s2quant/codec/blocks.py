@@ -67,7 +67,11 @@ class Snake(nn.Module):
         Returns:
             [B, C, S].
         """
-        return x + (self.alpha + 1e-9).reciprocal() * torch.sin(self.alpha * x).square()
+        share = (self.alpha + 1e-9).reciprocal()
+        if torch.is_grad_enabled():
+            return x + share * torch.sin(self.alpha * x).square()
+        # The same bits in one new tensor instead of five: on a CPU the pages of the others took most of the time.
+        return (self.alpha * x).sin_().square_().mul_(share).add_(x)
 
 
 class CausalConv(nn.Module):

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from s2quant.errors import UserError
+from s2quant.evaluate.sphinx_pool import SphinxPool
+from s2quant.evaluate.sphinx_worker import RATE_HZ as RATE_HZ
+from s2quant.evaluate.sphinx_worker import hear, new_decoder
 from s2quant.files import sha256_file
 from s2quant.suite import ASR_KINDS
 
-RATE_HZ = 16000
 WINDOW_S = 30
 SILENCE_S = 0.2
 OFFICIAL = "official:"
@@ -70,7 +72,7 @@ class Asr(Protocol):
         """
 
 
-def load_asr(kind: str, model_path: Path | str | None = None, device: str = "cpu") -> Asr:
+def load_asr(kind: str, model_path: Path | str | None = None, device: str = "cpu", processes: int = 1) -> Asr:
     """Load a recognizer.
 
     Args:
@@ -78,6 +80,7 @@ def load_asr(kind: str, model_path: Path | str | None = None, device: str = "cpu
         model_path: For whisper a checkpoint file, or `official:NAME` to let openai-whisper take it from its cache or
             fetch it; for pocketsphinx a language model (ARPA or binary), or None for the one that comes with it.
         device: Where whisper runs.
+        processes: Processes of pocketsphinx that share a batch of clips.
 
     Returns:
         The recognizer.
@@ -88,7 +91,7 @@ def load_asr(kind: str, model_path: Path | str | None = None, device: str = "cpu
     if kind == "whisper":
         return WhisperAsr(model_path, device)
     if kind == "pocketsphinx":
-        return PocketsphinxAsr(model_path)
+        return PocketsphinxAsr(model_path, processes)
     raise UserError(f"recognizer {kind!r}", f"one of {', '.join(ASR_KINDS)}", "mend the suite")
 
 
@@ -208,12 +211,13 @@ class PocketsphinxAsr:
 
     Args:
         model_path: An n-gram language model (ARPA or binary) of words of its dictionary, or None for its own.
+        processes: Processes that share a batch of clips; they are started with the first batch.
 
     Raises:
         UserError: The package is not installed, or the file is absent or no language model.
     """
 
-    def __init__(self, model_path: Path | str | None = None) -> None:
+    def __init__(self, model_path: Path | str | None = None, processes: int = 1) -> None:
         try:
             import pocketsphinx
         except ImportError as error:
@@ -222,10 +226,12 @@ class PocketsphinxAsr:
         if not path.is_file():
             raise UserError(f"language model {path}: no such file", "an n-gram language model", "check the path")
         try:
-            self.decoder = pocketsphinx.Decoder(lm=str(path), samprate=RATE_HZ, loglevel="FATAL")
+            self.decoder = new_decoder(str(path))
         except RuntimeError as error:
             raise _not_a_model(path, "an n-gram language model, ARPA or binary", error) from error
         self.name = f"pocketsphinx:{sha256_file(path)[:12]}"
+        self.path, self.processes = path, processes
+        self.pool: SphinxPool | None = None
 
     def transcribe(self, audio: Audio, sample_rate: int, lang: str) -> str:
         """Write down a clip; see `Asr.transcribe`.
@@ -241,23 +247,11 @@ class PocketsphinxAsr:
         Raises:
             UserError: The language is not English.
         """
-        if lang != "en":
-            raise UserError(f"language {lang!r} for pocketsphinx", "'en'", "use whisper")
-        samples = to_16khz(audio, sample_rate)
-        if not len(samples):
-            return ""
-        pad = np.zeros(int(SILENCE_S * RATE_HZ), np.float32)
-        pcm = np.concatenate([pad, samples, pad]).clip(-1, 1) * 32767
-        # Forget the clip before: the cepstral mean and the noise estimate are carried from one to the next.
-        self.decoder.reinit_feat()
-        self.decoder.start_utt()
-        self.decoder.process_raw(np.round(pcm).astype("<i2").tobytes(), full_utt=True)
-        self.decoder.end_utt()
-        found = self.decoder.hyp()
-        return str(found.hypstr) if found is not None else ""
+        pcm = _pcm(audio, sample_rate, lang)
+        return hear(self.decoder, pcm) if pcm else ""
 
     def transcribe_batch(self, clips: Sequence[Audio], sample_rate: int, lang: str) -> list[str]:
-        """Write down clips one after the other.
+        """Write down clips one after the other, in each process.
 
         Args:
             clips: float32 [S] each, mono.
@@ -267,7 +261,24 @@ class PocketsphinxAsr:
         Returns:
             One transcript a clip.
         """
-        return [self.transcribe(clip, sample_rate, lang) for clip in clips]
+        if min(self.processes, len(clips)) < 2:
+            return [self.transcribe(clip, sample_rate, lang) for clip in clips]
+        self.pool = self.pool or SphinxPool(self.path, self.processes)
+        sounds = [_pcm(clip, sample_rate, lang) for clip in clips]
+        heard = iter(self.pool.hear([pcm for pcm in sounds if pcm]))
+        return [next(heard) if pcm else "" for pcm in sounds]
+
+
+def _pcm(audio: Audio, sample_rate: int, lang: str) -> bytes:
+    """Give a clip as pocketsphinx takes it, with silence around it; nothing of a clip without a sample."""
+    if lang != "en":
+        raise UserError(f"language {lang!r} for pocketsphinx", "'en'", "use whisper")
+    samples = to_16khz(audio, sample_rate)
+    if not len(samples):
+        return b""
+    pad = np.zeros(int(SILENCE_S * RATE_HZ), np.float32)
+    pcm = np.concatenate([pad, samples, pad]).clip(-1, 1) * 32767
+    return np.round(pcm).astype("<i2").tobytes()
 
 
 def _whisper_file(whisper: Any, model_path: Path | str | None) -> Path:

@@ -40,6 +40,7 @@ class EvalOptions:
         asr_model: Recognizer's file, instead of the suite's.
         similarity_model: Speaker model's file or folder, instead of the suite's.
         num_slots: Utterances in progress at a time.
+        baseline_run: Folder of another run of the suite, whose clips of the baseline are taken; None to speak anew.
         layer_groups: Into how many groups of Slow AR blocks the token damage is split, the Fast AR being one more;
             None for no split.
     """
@@ -59,6 +60,7 @@ class EvalOptions:
     asr_model: str | None = None
     similarity_model: str | None = None
     num_slots: int = 8
+    baseline_run: Path | None = None
     layer_groups: int | None = None
 
 
@@ -189,6 +191,8 @@ def _check(options: EvalOptions, metrics: Sequence[str] | None) -> None:
         seeds = options.seeds
         if not seeds or len(set(seeds)) < len(seeds) or any(not 0 <= seed < 2**63 for seed in seeds):
             faults.append(f"--seeds {','.join(map(str, seeds))}, not different whole numbers from 0")
+    if options.baseline_run is not None and options.baseline is None:
+        faults.append(f"--baseline-run {options.baseline_run} without --baseline")
     if metrics is not None:
         unknown = [name for name in metrics if name not in METRICS]
         faults += [f"--metrics {name!r}, not one of {', '.join(METRICS)}" for name in unknown]

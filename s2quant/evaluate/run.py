@@ -11,6 +11,7 @@ depend. Several processes meet between the steps; the first one does what is don
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from s2quant.evaluate.plan import EvalOptions, EvalPlan, make_plan
 from s2quant.evaluate.ranks import Ranks, find_ranks
 from s2quant.evaluate.results import build_results, write_summary
 from s2quant.evaluate.score import Backends, embed, make_records, transcribe
+from s2quant.evaluate.shared import check_shared, take_baseline
 from s2quant.evaluate.similarity import load_similarity
 from s2quant.evaluate.stats import binomial_interval, smallest_detectable
 from s2quant.evaluate.store import Store, load_array
@@ -45,6 +47,7 @@ from s2quant.runtime.speak import DTYPES
 RUN_VERSION = 1
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")
 SPEED_FRAMES = 64
+MAX_LISTENERS = 8  # processes of a recognizer that uses one core; about 100 MB each
 SPEED_REPEATS = 3
 
 
@@ -93,7 +96,8 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     device = options.device
     if backends.asr is not None:
         kind, model = plan.suite.asr, plan.asr_model
-        transcribe(plan, lambda: load_asr(kind, model, device), backends.asr, store, ranks, progress)
+        processes = max(1, min(MAX_LISTENERS, (os.cpu_count() or 1) // ranks.world))
+        transcribe(plan, lambda: load_asr(kind, model, device, processes), backends.asr, store, ranks, progress)
     if backends.similarity is not None:
         what, path = plan.suite.similarity, plan.similarity_model
         embed(plan, lambda: load_similarity(what, path, device), backends.similarity, store, ranks, progress)
@@ -137,10 +141,15 @@ def _begin(options: EvalOptions, plan: EvalPlan, progress: Progress) -> None:
     }
     if path.is_file():
         _check_same(read_json(path), facts, options.out)
+    if options.baseline_run is not None:
+        check_shared(options.baseline_run, facts)
     facts["backends"] = {"asr": backends.asr, "similarity": backends.similarity}
     facts["arms"] = {name: _arm_facts(one) for name, one in checkpoints.items()}
     with atomic_file(path, overwrite=True) as partial:
         write_json(partial, facts)
+    if options.baseline_run is not None:
+        progress("taking the baseline's speech", 0, 1)
+        take_baseline(options.baseline_run, plan, Store(folder=options.out))
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
@@ -304,6 +313,7 @@ def _measure_speed(options: EvalOptions, plan: EvalPlan, store: Store, progress:
         device=options.device,
         dtype=DTYPES[options.dtype],
         linears=options.linears,
+        progress=lambda phase, done, total: progress(f"timing, {phase}", done, total),
     )
     with atomic_file(path, overwrite=True) as partial:
         write_json(partial, found)

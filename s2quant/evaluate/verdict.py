@@ -152,7 +152,7 @@ def _margin_gate(row: Mapping[str, Any], plan: EvalPlan) -> dict[str, Any]:
 
 def _sentence(plan: EvalPlan, gates: Rows, metrics: Rows, failures: Rows, silent: Sequence[Arm]) -> str:
     broken = [str(gate["name"]) for gate in gates if not gate["passed"]]
-    parts = [f"failed: {', '.join(broken)}"] if broken else []
+    parts = [f"broken: {', '.join(broken)}"] if broken else []
     judged = [row for row in metrics if row["verdict"] is not None]
     if "baseline" not in plan.arms:
         parts.append("no baseline, so nothing to compare with")

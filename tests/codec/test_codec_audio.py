@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from s2quant.codec import CodecStream
 from s2quant.codec import transformer as transformer_module
-from s2quant.codec.blocks import CausalConv, CausalTransposedConv
+from s2quant.codec.blocks import CausalConv, CausalTransposedConv, Snake
 from s2quant.codec.memory import Memory
 from s2quant.codec.transformer import rotary_rows, window_attention
 from s2quant.errors import UserError
@@ -141,6 +141,19 @@ def test_convolutions_against_their_definition():
         for t in range(10):  # input t begins at output 2t
             expected[:, 2 * t : 2 * t + 5] += torch.einsum("i,iok->ok", x[0, :, t], upsample.conv.weight)
         assert torch.allclose(y[0], expected[:, :20], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_snake_has_the_same_bits_without_gradients_and_leaves_its_input(dtype):
+    snake = Snake(5).to(dtype)
+    snake.alpha.data.uniform_(0.1, 3, generator=torch.Generator().manual_seed(0))
+    x = 4 * uniform("snake", (2, 5, 300)).to(dtype)
+    kept = x.clone()
+    with torch.no_grad():
+        found = snake(x)
+    assert torch.equal(found, snake(x)) and torch.equal(x, kept)
+    expected = x.double() + torch.sin(snake.alpha.double() * x.double()) ** 2 / snake.alpha.double()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.2)
 
 
 def test_it_trains(short):

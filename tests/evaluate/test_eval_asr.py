@@ -1,5 +1,6 @@
 """Recognizers against the packages called directly, on real speech and, for whisper, with random weights."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,23 @@ def test_pocketsphinx_hears_what_a_new_decoder_hears_whatever_came_before(listen
         expected["rms"],
     ]
     assert expected["rms"] == TEXTS["rms"]
+
+
+def test_processes_hear_what_one_hears_in_order(listener, speech):
+    clips = [speech["slt"], np.zeros(0, np.float32), speech["rms"], speech["slt"], speech["rms"][:20000]]
+    asr = load_asr("pocketsphinx", processes=2)
+    assert asr.pool is None and asr.name == listener.name
+    for some in (clips, clips[2:], clips[:1]):
+        assert asr.transcribe_batch(some, RATE_HZ, "en") == listener.transcribe_batch(some, RATE_HZ, "en")
+    workers = asr.pool.workers
+    assert len(workers) == 2 and all(worker.poll() is None for worker in workers)
+    workers[0].kill()
+    workers[0].wait()
+    with pytest.raises(UserError, match="a process of pocketsphinx ended with status -9"):
+        asr.transcribe_batch(clips, RATE_HZ, "en")
+    del asr
+    gc.collect()
+    assert workers[1].poll() == 0  # it ends with its recognizer
 
 
 def test_its_errors_rise_with_noise(listener, speech):

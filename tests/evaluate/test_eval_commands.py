@@ -110,7 +110,7 @@ def test_a_broken_gate_is_named_and_is_exit_status_1(finished, suite, tmp_path, 
     assert len(lines) == 3
     assert lines[1].startswith("s2quant eval: gate broken: sound.model: not one clip")
     assert lines[2].endswith("rtf_ratio_max: not measured, and a gate on what was not measured fails")
-    assert "Failed" in (out / "report.md").read_text("utf-8")
+    assert "**Failed:** broken: sound.baseline, sound.model, " in (out / "report.md").read_text("utf-8")
 
 
 def test_report_alone_writes_the_same_pages(finished, capsys):

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+import soundfile
 import yaml
 
 from s2quant.calibrate.lines import check_disjoint, read_lines
@@ -83,6 +84,27 @@ def test_the_demo_speaks_only_sentences_that_were_not_trained_on() -> None:
     assert {grammar.split_of(one.text) for one in suite.utterances} == {"test"}
     words = set(grammar.vocabulary())
     assert all(word in words for one in suite.utterances for word in grammar.words_of(one.text))
+
+
+@pytest.mark.parametrize("name", ["demo-en", "mini-en"])
+def test_the_demo_has_four_voices_that_say_what_is_not_asked_for(name: str) -> None:
+    grammar = pytest.importorskip("tools.mini.grammar")
+    suite = load_suite(ROOT / "eval/suites" / f"{name}.yaml")
+    assert [one.prompt_id for one in suite.utterances[:5]] == ["rms", "slt", "awb", "kal16", "rms"]
+    assert suite.margins["similarity_to_prompt"] > 0
+    asked = {grammar.spoken(one.text) for one in suite.utterances}
+    voices = {one.prompt_audio: one.prompt_text for one in suite.utterances}
+    assert len(voices) == 4
+    for audio, text in voices.items():
+        assert audio is not None and text not in asked and grammar.split_of(text) == "test"
+        info = soundfile.info(audio)
+        assert (info.samplerate, info.channels, 3 <= info.duration <= 5) == (16000, 1, True)
+
+
+def test_a_margin_of_similarity_without_voices_is_refused(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, voices=None, margins={"similarity_to_prompt": 0.02})
+    assert "margins.similarity_to_prompt, and no text has a voice" in refusal(path)
+    load_suite(write_suite(tmp_path, margins={"similarity_to_prompt": 0.02}))
 
 
 def test_multilingual_has_twenty_lines_a_language_with_tags_and_speakers() -> None:
