@@ -341,6 +341,14 @@ def test_the_recognizer_learns_and_whisper_loads_it(data: Path, log: common.Log,
 
 
 @pytest.mark.skipif(not (speech.LIBRARIES / "libflite.so.1").exists(), reason="needs Debian's flite")
+def test_speech_does_not_depend_on_what_was_said_before() -> None:
+    lines = list(speech.lines(0, "train", 10))
+    there = [speech.speak(line)[0] for line in lines]
+    back = [speech.speak(line)[0] for line in reversed(lines)]
+    assert all(np.array_equal(one, other) for one, other in zip(there, reversed(back), strict=True))
+
+
+@pytest.mark.skipif(not (speech.LIBRARIES / "libflite.so.1").exists(), reason="needs Debian's flite")
 def test_tags_are_heard() -> None:
     pytest.importorskip("whisper")
     from mini.judge import longest_silence_s, pitch_hz

@@ -8,7 +8,7 @@ the nine residual codes. Some of the frames that the Slow AR reads are replaced 
 says next has to come from the text. Without that it learned runs of codes by heart (training accuracy 0.87, held out
 0.48) and spoke legal sentences with other words. For the same reason a linear layer, which is not kept, reads the
 phonemes of this frame and of a later one off its hidden vector: a code of flite's voices is a noisy label, since their
-vocoder is (a second rendering of a sentence changes 26 % of the semantic codes), a phoneme is not.
+vocoder is (other noise in it changes 26 % of the semantic codes), a phoneme is not.
 """
 
 from __future__ import annotations

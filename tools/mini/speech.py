@@ -71,6 +71,7 @@ class Flite:
 
         load("libasound.so.2")
         self.lib = load("libflite.so.1")
+        self.libc = ctypes.CDLL(None)  # its rand() gives the signs of the vocoder's noise
         pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_float
         for name, result, arguments in (
             ("flite_init", ctypes.c_int, []),
@@ -108,6 +109,7 @@ class Flite:
         stretch = self.stretch[voice] * rate * (pitch if resampled else 1.0)
         self.lib.flite_feat_set_float(features, b"duration_stretch", stretch)
         self.lib.flite_feat_set_float(features, b"f0_shift", 1.0 if resampled else pitch)
+        self.libc.srand(1)  # the same speech whatever was said before
         utterance = self.lib.flite_synth_text(text.encode("ascii"), self.voices[voice])
         wave = self.lib.utt_wave(utterance).contents
         assert wave.sample_rate == SAMPLE_RATE and wave.num_channels == 1, (voice, wave.sample_rate)
