@@ -91,13 +91,13 @@ def main() -> int:
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config
     from s2quant.export.random import s2_pro_config
-    from s2quant.runtime import fused, triton_linear
+    from s2quant.runtime import fused_weights, triton_linear
     from s2quant.runtime.fast import FastDecoder
     from tools.speed import frames
 
     compiler = Compiler()
     triton.JITFunction.run = lambda kernel, *args, **named: compiler(kernel, *args, **named)
-    triton_linear.triton_obstacle = fused.triton_obstacle = lambda device: None  # nothing is run
+    triton_linear.triton_obstacle = fused_weights.triton_obstacle = lambda device: None  # nothing is run
     raw = s2_pro_config()
     raw["text_config"]["n_layer"] = raw["audio_decoder_config"]["n_layer"] = options.layers
     device = torch.device("cpu")

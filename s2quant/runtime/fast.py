@@ -22,7 +22,8 @@ from s2quant.errors import UserError
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.decoder import residual_codes
-from s2quant.runtime.fused import FusedFrame, fused_obstacle
+from s2quant.runtime.fused import FusedFrame
+from s2quant.runtime.fused_weights import fused_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
 from s2quant.sampling import Sampling

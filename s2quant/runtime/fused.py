@@ -13,7 +13,6 @@ With B rows the first pass of the Fast AR has 2 B: the hidden vectors, then the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,187 +21,20 @@ from torch.nn import functional as F
 
 from s2quant.model import Block, DualAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear, triton_obstacle
+from s2quant.runtime.fused_weights import (
+    DENSE_OUTPUTS,
+    FusedStack,
+    PlacedLinear,
+    dense_linear,
+    fused_layer,
+    residual_head,
+)
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
     from s2quant.runtime.kernels.attention import Layer, Scratch
     from s2quant.runtime.kernels.launch import How
-    from s2quant.runtime.kernels.linear import Shape, Then, Weight
-
-DENSE_INPUTS, DENSE_OUTPUTS = 64, 16  # bf16 weights have multiples of these
-
-
-def fused_obstacle(model: DualAR, residual_size: int) -> str | None:
-    """Say why a model cannot be decoded by the fused frame.
-
-    Args:
-        model: The model, on its device.
-        residual_size: Entries of a residual codebook.
-
-    Returns:
-        The reason, or None when it can.
-    """
-    weight = model.slow.embeddings.weight
-    reason = triton_obstacle(weight.device)
-    if reason:
-        return reason
-    if weight.dtype != torch.bfloat16:
-        return f"a model in {weight.dtype}, not bfloat16"
-    if not isinstance(model.fast.project_in, nn.Identity):
-        return "a Fast AR of another width"
-    if residual_size % DENSE_OUTPUTS:
-        return f"residual codebooks of {residual_size} entries, not a multiple of {DENSE_OUTPUTS}"
-    for config in (model.config.slow, model.config.fast):
-        width = config.head_dim
-        if width & (width - 1) or not 16 <= width <= 256:
-            return f"a head width of {width}, not a power of two from 16 to 256"
-        if config.n_head // config.n_local_heads > 16:
-            return f"{config.n_head // config.n_local_heads} query heads that share keys, more than 16"
-    for name, module in model.named_modules():
-        reason = _linear_obstacle(module) or _gate_obstacle(module)
-        if reason:
-            return f"{name}: {reason}"
-    return None
-
-
-def _linear_obstacle(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
-        if module.bias is not None:
-            return "a linear with a bias"
-        if module.in_features % DENSE_INPUTS or module.out_features % DENSE_OUTPUTS:
-            return (
-                f"{module.in_features} inputs and {module.out_features} outputs, not multiples of "
-                f"{DENSE_INPUTS} and {DENSE_OUTPUTS}"
-            )
-        return None
-    backend = getattr(module, "backend", "triton")
-    return None if backend == "triton" else f"a quantized linear of the backend {backend!r}"
-
-
-def _gate_obstacle(module: nn.Module) -> str | None:
-    if not hasattr(module, "w1"):
-        return None
-    first, second = module.w1, module.w3
-    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-        return None
-    if isinstance(first, TritonLinear) and isinstance(second, TritonLinear):
-        if (first.bits, first.group_size) != (second.bits, second.group_size):
-            return "w1 and w3 of different bits or group sizes"
-        orders = [linear.order for linear in (first, second)]
-        if all(order is None for order in orders):
-            return None
-        if any(order is None for order in orders) or not torch.equal(orders[0], orders[1]):  # type: ignore[arg-type]
-            return "w1 and w3 of different act orders"
-        return None
-    return "w1 and w3 of different kinds"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Linear:
-    """A weight, and where its inputs stand."""
-
-    weight: Weight
-    place: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Layer:
-    """One block's weights."""
-
-    qkv: _Linear
-    out: _Linear
-    pair: _Linear
-    down: _Linear
-    attention_norm: Tensor
-    ffn_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    qk_eps: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Stack:
-    """One transformer."""
-
-    layers: list[_Layer]
-    head: _Linear
-    norm: Tensor
-    eps: float
-    hidden: Tensor
-    qkv: Tensor
-
-
-def _linear(module: nn.Module) -> _Linear:
-    from s2quant.runtime.kernels.linear import Weight
-
-    if isinstance(module, TritonLinear):
-        return _Linear(weight=Weight.of(module.packed), place=module.packed.place)
-    assert isinstance(module, nn.Linear), module
-    return _dense(module.weight.detach())
-
-
-def _dense(weight: Tensor, second: Tensor | None = None, out_features: int | None = None) -> _Linear:
-    from s2quant.runtime.kernels.linear import Weight
-
-    rows = len(weight) if out_features is None else out_features
-    return _Linear(
-        weight=Weight(
-            kind="bf16",
-            first=weight.contiguous(),
-            second=None if second is None else second.contiguous(),
-            out_features=rows if second is None else 2 * rows,
-            in_features=weight.shape[1],
-            gated=second is not None,
-        ),
-        place=None,
-    )
-
-
-def _residual_head(output: nn.Module, residual_size: int) -> _Linear:
-    """Give the rows of the Fast AR's head that the codec has entries for."""
-    from s2quant.runtime.kernels.layout import first_outputs
-    from s2quant.runtime.kernels.linear import Weight
-
-    if isinstance(output, TritonLinear):
-        packed = first_outputs(output.packed, residual_size)
-        return _Linear(weight=Weight.of(packed), place=packed.place)
-    assert isinstance(output, nn.Linear), output
-    return _dense(output.weight.detach()[:residual_size])
-
-
-def _pair(block: Block) -> _Linear:
-    """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too."""
-    from s2quant.runtime.kernels.layout import pair
-    from s2quant.runtime.kernels.linear import Weight
-
-    gate: nn.Module = block.feed_forward
-    if not isinstance(gate, PairedFeedForward):
-        first, second = block.feed_forward.w1, block.feed_forward.w3
-        if isinstance(first, nn.Linear):
-            return _dense(first.weight.detach(), second.weight.detach())
-        assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
-        gate = PairedFeedForward(TritonLinear(pair(first.packed, second.packed)), block.feed_forward.w2)
-        block.feed_forward = gate
-    packed = gate.pair.packed
-    return _Linear(weight=Weight.of(packed, gated=True), place=packed.place)
-
-
-def _layer(block: Block) -> _Layer:
-    attention = block.attention
-    norms = [None if norm is None else norm.weight.detach() for norm in (attention.q_norm, attention.k_norm)]
-    eps = 0.0 if attention.q_norm is None or attention.q_norm.eps is None else attention.q_norm.eps
-    return _Layer(
-        qkv=_linear(attention.wqkv),
-        out=_linear(attention.wo),
-        pair=_pair(block),
-        down=_linear(block.feed_forward.w2),
-        attention_norm=block.attention_norm.weight.detach(),
-        ffn_norm=block.ffn_norm.weight.detach(),
-        q_norm=norms[0],
-        k_norm=norms[1],
-        qk_eps=eps,
-    )
+    from s2quant.runtime.kernels.weights import Shape, Then, Weight
 
 
 class FusedFrame:
@@ -239,17 +71,17 @@ class FusedFrame:
         with torch.inference_mode(False), torch.no_grad():
             head = torch.cat([slow.embeddings.weight[begin : end + 1], slow.embeddings.weight[im_end : im_end + 1]])
             head = F.pad(head, (0, 0, 0, -len(head) % DENSE_OUTPUTS)).contiguous()  # 4097 rows, padded to whole tiles
-            self.slow = _Stack(
-                layers=[_layer(block) for block in _blocks(slow.layers)],
-                head=_dense(head, out_features=self.num_semantic + 1),
+            self.slow = FusedStack(
+                layers=[fused_layer(block) for block in _blocks(slow.layers)],
+                head=dense_linear(head, out_features=self.num_semantic + 1),
                 norm=slow.norm.weight.detach(),
                 eps=config.norm_eps,
                 hidden=torch.zeros(rows, config.dim, device=device),
                 qkv=torch.zeros(rows, config.qkv_dim, device=device),
             )
-            self.fast = _Stack(
-                layers=[_layer(block) for block in _blocks(fast.layers)],
-                head=_residual_head(fast.output, residual_size),
+            self.fast = FusedStack(
+                layers=[fused_layer(block) for block in _blocks(fast.layers)],
+                head=residual_head(fast.output, residual_size),
                 norm=fast.norm.weight.detach(),
                 eps=model.config.fast.norm_eps,
                 hidden=torch.zeros(rows, model.config.fast.dim, device=device),
@@ -324,12 +156,12 @@ class FusedFrame:
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
-    def _squares(self, which: int, rows: int, linear: _Linear) -> Tensor:
+    def _squares(self, which: int, rows: int, linear: PlacedLinear) -> Tensor:
         """Give room for the sums of squares that a linear leaves, one per program and row."""
         parts = linear.weight.num_tiles // self._shape(linear, rows).tiles
         return self.squares[which][: rows * parts].view(rows, parts)
 
-    def _attention_layer(self, stack: _Stack, number: int, cache: KVCache, table: Tensor) -> Layer:
+    def _attention_layer(self, stack: FusedStack, number: int, cache: KVCache, table: Tensor) -> Layer:
         from s2quant.runtime.kernels.attention import Layer
 
         layer = stack.layers[number]
@@ -343,12 +175,12 @@ class FusedFrame:
             place=layer.out.place,
         )
 
-    def _multiply(self, linear: _Linear, x: Tensor, rows: int, then: Then) -> None:
+    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import linear as kernels
 
         kernels.linear(linear.weight, x, rows, then, self._shape(linear, rows), self.how)
 
-    def _shape(self, linear: _Linear, rows: int) -> Shape:
+    def _shape(self, linear: PlacedLinear, rows: int) -> Shape:
         from s2quant.runtime.kernels.linear import columns_for
         from s2quant.runtime.kernels.shapes import shape_for
 
@@ -366,7 +198,7 @@ class FusedFrame:
     ) -> Tensor:
         """Run one block; float32 [rows, S], the partial sums of squares of the result."""
         from s2quant.runtime.kernels.attention import attention
-        from s2quant.runtime.kernels.linear import Then
+        from s2quant.runtime.kernels.weights import Then
 
         stack = (self.slow, self.fast)[which]
         layer, last = stack.layers[number], number == len(stack.layers) - 1
@@ -415,8 +247,8 @@ class FusedFrame:
         self._multiply(layer.down, middle, rows, then)
         return after
 
-    def _head(self, stack: _Stack, x: Tensor, rows: int, squares: Tensor, out: Tensor) -> None:
-        from s2quant.runtime.kernels.linear import Then
+    def _head(self, stack: FusedStack, x: Tensor, rows: int, squares: Tensor, out: Tensor) -> None:
+        from s2quant.runtime.kernels.weights import Then
 
         self._multiply(stack.head, x, rows, Then(epilogue="store", out=out, squares_in=squares, eps=stack.eps))
 

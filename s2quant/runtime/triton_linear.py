@@ -97,8 +97,9 @@ class TritonLinear(QuantizedLinear):
             [..., N] in x's dtype.
         """
         from s2quant.runtime.kernels.dequantize import dequantize
-        from s2quant.runtime.kernels.linear import Then, Weight, columns_for, linear, padded_rows
+        from s2quant.runtime.kernels.linear import columns_for, linear, padded_rows
         from s2quant.runtime.kernels.shapes import shape_for
+        from s2quant.runtime.kernels.weights import Then, Weight
 
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
         if self.order is not None:

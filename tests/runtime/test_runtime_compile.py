@@ -29,8 +29,9 @@ def ptx_of(kind, out_features, in_features, epilogue, **off):
     from triton.compiler import ASTSource
 
     from s2quant.runtime.kernels.launch import How
-    from s2quant.runtime.kernels.linear import Then, Weight, linear_arguments, linear_kernel
+    from s2quant.runtime.kernels.linear import linear_arguments, linear_kernel
     from s2quant.runtime.kernels.shapes import rule
+    from s2quant.runtime.kernels.weights import Then, Weight
 
     empty = torch.empty(1, 1)
     weight = Weight(

@@ -52,7 +52,7 @@ def poisoned(*shape, dtype=torch.float32):
 
 def weight_of(kind, out_features, in_features, gated, group_size=32):
     """Give a kernel weight and the matrices it stands for, inputs in its order."""
-    from s2quant.runtime.kernels.linear import Weight
+    from s2quant.runtime.kernels.weights import Weight
 
     bits = 8 if kind == "w8" else 4
     first, second = (
@@ -81,7 +81,7 @@ def x_of(rows, in_features):
 
 
 def shape_of(weight, rows, tiles=1, columns=8, warps=2):
-    from s2quant.runtime.kernels.linear import Shape
+    from s2quant.runtime.kernels.weights import Shape
 
     return Shape(warps=warps, tiles=tiles, depth=2, columns=columns)
 
@@ -100,7 +100,8 @@ HOWS = [(4, {}), (2, {}), (2, {"loads_first": False}), (2, {"flat": False}), (2,
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize(("rows", "tiles", "columns"), [(1, 1, 8), (3, 2, 8), (9, 1, 8), (17, 2, 2)])
 def test_a_product_is_stored_scaled(flat, kind, rows, tiles, columns):
-    from s2quant.runtime.kernels.linear import Then, linear
+    from s2quant.runtime.kernels.linear import linear
+    from s2quant.runtime.kernels.weights import Then
 
     weight, (matrix,) = weight_of(kind, 64, 256, False)
     squares = (torch.rand(rows, 37) * 100).to(DEVICE)
@@ -116,7 +117,8 @@ def test_a_product_is_stored_scaled(flat, kind, rows, tiles, columns):
 @pytest.mark.parametrize("kind", ["w4", "w8"])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_larger_groups(kind, group_size):
-    from s2quant.runtime.kernels.linear import Then, linear
+    from s2quant.runtime.kernels.linear import linear
+    from s2quant.runtime.kernels.weights import Then
 
     weight, (matrix,) = weight_of(kind, 32, 256, False, group_size)
     out = poisoned(2, 32)
@@ -129,7 +131,8 @@ def test_larger_groups(kind, group_size):
 @pytest.mark.parametrize(("warps", "off"), HOWS)
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, warps, off, tiles):
-    from s2quant.runtime.kernels.linear import Then, linear
+    from s2quant.runtime.kernels.linear import linear
+    from s2quant.runtime.kernels.weights import Then
 
     rows, out_features = 3, 32
     weight, (first, second) = weight_of(kind, out_features, 128, True)
@@ -152,7 +155,8 @@ def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, warps, off, ti
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
 @pytest.mark.parametrize(("warps", "off"), HOWS)
 def test_a_residual_prepares_the_next_norm(kind, warps, off):
-    from s2quant.runtime.kernels.linear import Then, linear
+    from s2quant.runtime.kernels.linear import linear
+    from s2quant.runtime.kernels.weights import Then
 
     rows, out_features = 2, 48
     weight, (matrix,) = weight_of(kind, out_features, 256, False)

@@ -11,7 +11,7 @@ SIZES = [(6144, 2560, False), (2560, 4096, False), (19456, 2560, True), (2560, 9
 
 
 def weight_of(kind, out_features, in_features, gated):
-    from s2quant.runtime.kernels.linear import Weight
+    from s2quant.runtime.kernels.weights import Weight
 
     return Weight(
         kind=kind, first=torch.empty(0), second=None, out_features=out_features, in_features=in_features, gated=gated
@@ -44,7 +44,7 @@ def test_two_programs_of_the_longest_linear_share_an_sm():
 
 def test_what_was_measured_comes_before_the_rule(monkeypatch):
     from s2quant.runtime.kernels import shapes
-    from s2quant.runtime.kernels.linear import Shape
+    from s2quant.runtime.kernels.weights import Shape
     from tools.speed.linears import table
 
     weight = weight_of("w4", 6144, 2560, False)

@@ -20,9 +20,10 @@ from s2quant.quantize.rtn import rtn_quantize
 from s2quant.recipe import load_recipe
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
-from s2quant.runtime.fused import FusedFrame, _Linear
+from s2quant.runtime.fused import FusedFrame
+from s2quant.runtime.fused_weights import PlacedLinear
 from s2quant.runtime.kernels.launch import EARLY, How
-from s2quant.runtime.kernels.linear import Then
+from s2quant.runtime.kernels.weights import Then
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
 from s2quant.sampling import Sampling
@@ -119,7 +120,7 @@ class _Listed(FusedFrame):
 
     jobs: dict[Job, None]
 
-    def _multiply(self, linear: _Linear, x: Tensor, rows: int, then: Then) -> None:
+    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
         weight = linear.weight
         case = Case(
             name="frame",

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.kernels.launch import EARLY, How
 from s2quant.runtime.kernels.layout import pack, pair, unpack
-from s2quant.runtime.kernels.linear import Shape, Then, Weight, columns_for, linear, padded_rows
+from s2quant.runtime.kernels.linear import columns_for, linear, padded_rows
 from s2quant.runtime.kernels.shapes import candidates, key_of, rule, shape_for
+from s2quant.runtime.kernels.weights import Shape, Then, Weight
 from tools.speed.timing import captured, replayed
 
 ROTATED_BYTES = 400 << 20  # of copies of a weight: several times the L2

@@ -18,32 +18,27 @@ The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options
-from s2quant.runtime.kernels.layout import Packed
 from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
 from s2quant.runtime.kernels.ptx import (
     COLUMNS,
     STEP,
-    TILE,
     Body,
-    Kind,
     ask,
     multiply,
     num_registers,
     num_values,
     reduce,
 )
+from s2quant.runtime.kernels.weights import MOST_COLUMNS, Shape, Then, Weight
 
-Epilogue = Literal["store", "gate", "residual"]
 SHARED_REGISTERS = 128  # per thread at most: two programs of 8 warps, or four of 4, share an SM
-MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
 
 
 def _name(compiled: Any) -> str:
@@ -234,103 +229,6 @@ def linear_kernel(
             tl.store(out + column[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
         if EPILOGUE == "residual":
             tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """How a linear is cut up.
-
-    Args:
-        warps: Warps of a program; they share the inputs.
-        tiles: Tiles of 16 outputs of a program.
-        depth: Steps of weights under way per warp.
-        columns: Groups of 8 rows of x that a program takes at most; more rows make more programs.
-    """
-
-    warps: int
-    tiles: int
-    depth: int
-    columns: int = MOST_COLUMNS
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Weight:
-    """A weight the kernel can read.
-
-    Args:
-        kind: "w4", "w8" or "bf16".
-        first: `Packed.words`; "bf16": [N, K].
-        second: `Packed.scales`; "bf16": the second weight of a gated pair, or None.
-        out_features: Outputs N, those of both weights of a gated pair.
-        in_features: K.
-        group_size: Inputs per scale; 32 for "bf16", where it means nothing.
-        gated: Whether a tile holds 8 outputs of each of two weights.
-    """
-
-    kind: Kind
-    first: Tensor
-    second: Tensor | None
-    out_features: int
-    in_features: int
-    group_size: int = 32
-    gated: bool = False
-
-    @classmethod
-    def of(cls, packed: Packed, gated: bool = False) -> Weight:
-        """Give a packed weight to the kernel.
-
-        Args:
-            packed: The weight.
-            gated: Whether it is a pair.
-
-        Returns:
-            The weight.
-        """
-        return cls(
-            kind=packed.kind,
-            first=packed.words,
-            second=packed.scales,
-            out_features=packed.out_features,
-            in_features=packed.in_features,
-            group_size=packed.group_size,
-            gated=gated,
-        )
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of 16 outputs."""
-        return -(-self.out_features // TILE)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes read per product."""
-        parts = [self.first] + ([] if self.second is None else [self.second])
-        return sum(part.numel() * part.element_size() for part in parts)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Then:
-    """What is done with a product.
-
-    Args:
-        epilogue: See the module.
-        out: [rows, outputs]: what is written; float32 or bfloat16.
-        place: int32 [outputs], where each output goes; None: in order.
-        squares_in: float32 [rows, S], partial sums of squares of the not yet normalised x; None: it needs no scale.
-        hidden: float32 [rows, outputs], the hidden vector, added to in place; "residual" only.
-        norm: [outputs], weight of the norm that follows; "residual" only.
-        squares_out: float32 [rows, programs], partial sums of squares of the new hidden vector; "residual" only.
-        eps: Of the norm before.
-    """
-
-    epilogue: Epilogue
-    out: Tensor
-    place: Tensor | None = None
-    squares_in: Tensor | None = None
-    hidden: Tensor | None = None
-    norm: Tensor | None = None
-    squares_out: Tensor | None = None
-    eps: float = 0.0
 
 
 def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False) -> Body:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import product
 
-from s2quant.runtime.kernels.linear import Shape, Weight
 from s2quant.runtime.kernels.ptx import STEP
 from s2quant.runtime.kernels.tuned import TABLE
+from s2quant.runtime.kernels.weights import Shape, Weight
 
 Key = tuple[str, int, int, bool, int]
 """kind, out_features, in_features, gated, groups of 8 rows."""

@@ -1,0 +1,244 @@
+"""The kernels' view of a model's weights, and what a model must be like to have one.
+
+Legend: D width, N outputs, K inputs, H query heads, h head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from s2quant.model import Block, DualAR
+from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear, triton_obstacle
+
+if TYPE_CHECKING:
+    from s2quant.runtime.kernels.weights import Weight
+
+DENSE_INPUTS, DENSE_OUTPUTS = 64, 16  # bf16 weights have multiples of these
+
+
+def fused_obstacle(model: DualAR, residual_size: int) -> str | None:
+    """Say why a model cannot be decoded by the fused frame.
+
+    Args:
+        model: The model, on its device.
+        residual_size: Entries of a residual codebook.
+
+    Returns:
+        The reason, or None when it can.
+    """
+    weight = model.slow.embeddings.weight
+    reason = triton_obstacle(weight.device)
+    if reason:
+        return reason
+    if weight.dtype != torch.bfloat16:
+        return f"a model in {weight.dtype}, not bfloat16"
+    if not isinstance(model.fast.project_in, nn.Identity):
+        return "a Fast AR of another width"
+    if residual_size % DENSE_OUTPUTS:
+        return f"residual codebooks of {residual_size} entries, not a multiple of {DENSE_OUTPUTS}"
+    for config in (model.config.slow, model.config.fast):
+        width = config.head_dim
+        if width & (width - 1) or not 16 <= width <= 256:
+            return f"a head width of {width}, not a power of two from 16 to 256"
+        if config.n_head // config.n_local_heads > 16:
+            return f"{config.n_head // config.n_local_heads} query heads that share keys, more than 16"
+    for name, module in model.named_modules():
+        reason = _linear_obstacle(module) or _gate_obstacle(module)
+        if reason:
+            return f"{name}: {reason}"
+    return None
+
+
+def _linear_obstacle(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        if module.bias is not None:
+            return "a linear with a bias"
+        if module.in_features % DENSE_INPUTS or module.out_features % DENSE_OUTPUTS:
+            return (
+                f"{module.in_features} inputs and {module.out_features} outputs, not multiples of "
+                f"{DENSE_INPUTS} and {DENSE_OUTPUTS}"
+            )
+        return None
+    backend = getattr(module, "backend", "triton")
+    return None if backend == "triton" else f"a quantized linear of the backend {backend!r}"
+
+
+def _gate_obstacle(module: nn.Module) -> str | None:
+    if not hasattr(module, "w1"):
+        return None
+    first, second = module.w1, module.w3
+    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+        return None
+    if isinstance(first, TritonLinear) and isinstance(second, TritonLinear):
+        if (first.bits, first.group_size) != (second.bits, second.group_size):
+            return "w1 and w3 of different bits or group sizes"
+        orders = [linear.order for linear in (first, second)]
+        if all(order is None for order in orders):
+            return None
+        if any(order is None for order in orders) or not torch.equal(orders[0], orders[1]):  # type: ignore[arg-type]
+            return "w1 and w3 of different act orders"
+        return None
+    return "w1 and w3 of different kinds"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlacedLinear:
+    """A weight, and where its inputs stand.
+
+    Args:
+        weight: What the kernel reads.
+        place: int32 [K], where each input stands in act order; None: in order.
+    """
+
+    weight: Weight
+    place: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FusedLayer:
+    """One block's weights.
+
+    Args:
+        qkv: wqkv.
+        out: wo.
+        pair: w1 and w3, gated.
+        down: w2.
+        attention_norm: [D].
+        ffn_norm: [D].
+        q_norm: [h], or None.
+        k_norm: [h], or None.
+        qk_eps: Of both.
+    """
+
+    qkv: PlacedLinear
+    out: PlacedLinear
+    pair: PlacedLinear
+    down: PlacedLinear
+    attention_norm: Tensor
+    ffn_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qk_eps: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FusedStack:
+    """One transformer.
+
+    Args:
+        layers: Its blocks.
+        head: The linear behind the last norm.
+        norm: [D], weight of the last norm.
+        eps: Of the norms.
+        hidden: float32 [rows, D], the hidden vectors, written in place.
+        qkv: float32 [rows, (H + 2 KV heads) h], what attention reads.
+    """
+
+    layers: list[FusedLayer]
+    head: PlacedLinear
+    norm: Tensor
+    eps: float
+    hidden: Tensor
+    qkv: Tensor
+
+
+def _linear(module: nn.Module) -> PlacedLinear:
+    from s2quant.runtime.kernels.weights import Weight
+
+    if isinstance(module, TritonLinear):
+        return PlacedLinear(weight=Weight.of(module.packed), place=module.packed.place)
+    assert isinstance(module, nn.Linear), module
+    return dense_linear(module.weight.detach())
+
+
+def dense_linear(weight: Tensor, second: Tensor | None = None, out_features: int | None = None) -> PlacedLinear:
+    """Give bf16 weights to the kernel.
+
+    Args:
+        weight: bf16 [N, K].
+        second: bf16 [N, K], of a gated pair; None: there is none.
+        out_features: Rows that count, where some only fill a tile.
+
+    Returns:
+        The linear, its inputs in order.
+    """
+    from s2quant.runtime.kernels.weights import Weight
+
+    rows = len(weight) if out_features is None else out_features
+    return PlacedLinear(
+        weight=Weight(
+            kind="bf16",
+            first=weight.contiguous(),
+            second=None if second is None else second.contiguous(),
+            out_features=rows if second is None else 2 * rows,
+            in_features=weight.shape[1],
+            gated=second is not None,
+        ),
+        place=None,
+    )
+
+
+def residual_head(output: nn.Module, residual_size: int) -> PlacedLinear:
+    """Give the rows of the Fast AR's head that the codec has entries for.
+
+    Args:
+        output: The head.
+        residual_size: Entries of a residual codebook.
+
+    Returns:
+        The linear.
+    """
+    from s2quant.runtime.kernels.layout import first_outputs
+    from s2quant.runtime.kernels.weights import Weight
+
+    if isinstance(output, TritonLinear):
+        packed = first_outputs(output.packed, residual_size)
+        return PlacedLinear(weight=Weight.of(packed), place=packed.place)
+    assert isinstance(output, nn.Linear), output
+    return dense_linear(output.weight.detach()[:residual_size])
+
+
+def _pair(block: Block) -> PlacedLinear:
+    """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too."""
+    from s2quant.runtime.kernels.layout import pair
+    from s2quant.runtime.kernels.weights import Weight
+
+    gate: nn.Module = block.feed_forward
+    if not isinstance(gate, PairedFeedForward):
+        first, second = block.feed_forward.w1, block.feed_forward.w3
+        if isinstance(first, nn.Linear):
+            return dense_linear(first.weight.detach(), second.weight.detach())
+        assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
+        gate = PairedFeedForward(TritonLinear(pair(first.packed, second.packed)), block.feed_forward.w2)
+        block.feed_forward = gate
+    packed = gate.pair.packed
+    return PlacedLinear(weight=Weight.of(packed, gated=True), place=packed.place)
+
+
+def fused_layer(block: Block) -> FusedLayer:
+    """Give a block to the kernels; packed w1 and w3 are replaced by their pair in the model too.
+
+    Args:
+        block: The block.
+
+    Returns:
+        Its weights.
+    """
+    attention = block.attention
+    norms = [None if norm is None else norm.weight.detach() for norm in (attention.q_norm, attention.k_norm)]
+    eps = 0.0 if attention.q_norm is None or attention.q_norm.eps is None else attention.q_norm.eps
+    return FusedLayer(
+        qkv=_linear(attention.wqkv),
+        out=_linear(attention.wo),
+        pair=_pair(block),
+        down=_linear(block.feed_forward.w2),
+        attention_norm=block.attention_norm.weight.detach(),
+        ffn_norm=block.ffn_norm.weight.detach(),
+        q_norm=norms[0],
+        k_norm=norms[1],
+        qk_eps=eps,
+    )
