@@ -9,7 +9,7 @@ Intervals are 95 % percentile bootstraps over texts (`s2quant.evaluate.stats`), 
 over texts. Each stands alone: no correction is made for looking at several.
 
 Figures: `kl_semantic` nats per frame, `kl_residual` nats per frame, the sum over the residual codes, as `s2quant
-search` counts; `top1` share of frames with the same most likely semantic code; `end_drift` probability of im_end at its
+search` counts; `top1` share of frames with the same most likely semantic code; `end_delta` probability of im_end at its
 true place, less bf16's; `wer` corpus error rate; `sim` cosine to the prompt; `failures` share of clips that failed.
 """
 
@@ -78,7 +78,7 @@ def _residual(record: UtteranceRecord) -> Pair:
     return sum(found[0]["kl"][1:]) * found[1], float(found[1])
 
 
-def _end_drift(record: UtteranceRecord) -> Pair:
+def _end_delta(record: UtteranceRecord) -> Pair:
     tokens = record.tokens
     if tokens is None or tokens["end_baseline"] is None or tokens["end_model"] is None:
         return None, 0.0
@@ -94,7 +94,7 @@ PARTS: Mapping[str, Callable[[UtteranceRecord], Pair]] = {
     "kl_semantic": _per_position("kl_semantic"),
     "kl_residual": _residual,
     "top1": _per_position("top1_agreement"),
-    "end_drift": _end_drift,
+    "end_delta": _end_delta,
     "wer": lambda record: (num_errors(record), num_units(record)),
     "sim": lambda record: (to_prompt(record), 1.0),
     "failures": _failed,

@@ -51,7 +51,7 @@ FIGURES = (
     Figure(name="kl_semantic", title="KL semantic", scale=1, unit="nats"),
     Figure(name="kl_residual", title="KL residual", scale=1, unit="nats"),
     Figure(name="top1", title="Top-1, %", scale=100, unit="points"),
-    Figure(name="end_drift", title="P(im_end) drift, points", scale=100, unit="points"),
+    Figure(name="end_delta", title="P(im_end) drift, points", scale=100, unit="points"),
     Figure(name="wer", title="WER, %", scale=100, unit="points"),
     Figure(name="sim", title="SIM to prompt", scale=1, unit=""),
     Figure(name="failures", title="Failed clips, %", scale=100, unit="points"),
@@ -153,8 +153,8 @@ def _own_table(table: Mapping[str, Any]) -> list[str]:
         for name in ("kl_semantic", "kl_residual"):
             spread = own[name]["se"]
             cells.append(BY_NAME[name].number(own[name]["value"]) + (f" ({adaptive(spread)})" if spread else ""))
-        for name in ("top1", "end_drift"):
-            signed = name == "end_drift"
+        for name in ("top1", "end_delta"):
+            signed = name == "end_delta"
             cells.append(BY_NAME[name].number(own[name]["value"], signed))
             cells[-1] += BY_NAME[name].range(own[name]["interval"], signed)
         for name in ("wer", "sim"):

@@ -96,11 +96,13 @@ def _lines(options: argparse.Namespace, found: Found | None, checked: Sequence[C
     lines = []
     if found is not None:
         share = 100 * found.num_bytes / found.dense_bytes
-        goal = "bytes" if options.target_kl is not None else "nats per frame"
-        lines.append(f"{options.out}: {found.num_bytes:,} tensor bytes, {share:.1f} % of bf16")
-        lines.append(
-            f"single damages add up to {found.kl:.4g} nats per frame; no choice is below {found.bound:.6g} {goal}"
+        bound = (
+            f"no choice is smaller than {found.bound:,.0f} bytes"
+            if options.target_kl is not None
+            else f"no choice is below {found.bound:.6g} nats per frame"
         )
+        lines.append(f"{options.out}: {found.num_bytes:,} tensor bytes, {share:.1f} % of bf16")
+        lines.append(f"single damages add up to {found.kl:.4g} nats per frame; {bound}")
         if found.kl_together is not None:
             lines.append(f"measured as a whole: {found.kl_together:.4g} nats per frame")
     for one in checked:

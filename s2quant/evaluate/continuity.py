@@ -109,6 +109,7 @@ def _round(engine: Engine, requests: Sequence[Request]) -> tuple[list[Playback],
     assert engine.codec is not None
     rate = engine.codec.sample_rate
     chunks: dict[int, list[tuple[float, float]]] = {index: [] for index in range(len(requests))}
+    engine.prefixes.clear()  # the first sound is that of an engine that has spoken nothing, as in the other tables
     wait_for(engine.device)
     began = time.perf_counter()
     for chunk in engine.stream_requests(requests):

@@ -113,8 +113,9 @@ class Engine:
 
         def encode() -> Tensor:
             audio = read_reference(path, codec.sample_rate)
-            moved = audio[None, None].to(codec.device)
-            return memory.guarded(lambda: codec.encode(moved)[0].cpu(), doing, todo, self.release)
+            return memory.guarded(
+                lambda: codec.encode(audio[None, None].to(codec.device))[0].cpu(), doing, todo, self.release
+            )
 
         return Voice(text=text, codes=encode() if self.voices is None else self.voices.codes(path, encode))
 
@@ -341,8 +342,9 @@ class Engine:
         if codes.shape[1] == 0:
             return torch.zeros(0)
         doing, todo = "decoding sound", "stream it, or speak fewer frames"
-        moved = codes[None].to(codec.device)
-        return memory.guarded(lambda: codec.decode(moved).float().cpu()[0, 0], doing, todo, self.release)
+        return memory.guarded(
+            lambda: codec.decode(codes[None].to(codec.device)).float().cpu()[0, 0], doing, todo, self.release
+        )
 
     def release(self) -> None:
         """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""

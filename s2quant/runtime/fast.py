@@ -243,7 +243,8 @@ class FastDecoder:
         for slot in range(count):
             self._make_uniforms(slot)
         live = min(max(self.positions[:count]) + 1, self.cache.capacity)
-        key = (_bucket(count, 1, self.num_slots), self._context_bucket(live), self._rank_bucket(count))
+        ranks = self._rank_bucket(count) if self._fused is None else 0  # the fused frame has one graph for any top_k
+        key = (_bucket(count, 1, self.num_slots), self._context_bucket(live), ranks)
         self.replay(key)
         for slot in range(count):
             self.positions[slot] += 1

@@ -12,7 +12,6 @@ With B rows the first pass of the Fast AR has 2 B: the hidden vectors, then the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
     from s2quant.runtime.kernels.attention import Layer, Scratch
     from s2quant.runtime.kernels.launch import How
-    from s2quant.runtime.kernels.weights import Shape, Then, Weight
+    from s2quant.runtime.kernels.weights import Shape, Then
 
 
 class FusedFrame:
@@ -106,18 +105,6 @@ class FusedFrame:
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
                 for part, most in zip(both, (max_context, model.config.num_codebooks), strict=True)
             ]
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Name all weights, for reports.
-
-        Yields:
-            Name and weight.
-        """
-        for name, stack in (("slow", self.slow), ("fast", self.fast)):
-            for number, layer in enumerate(stack.layers):
-                for part in ("qkv", "out", "pair", "down"):
-                    yield f"{name}.{number}.{part}", getattr(layer, part).weight
-            yield f"{name}.head", stack.head.weight
 
     def run(self, state: FrameState, caches: tuple[KVCache, KVCache], table: Tensor, batch: int, context: int) -> None:
         """Feed each of the first slots its column and draw the next one, in place.

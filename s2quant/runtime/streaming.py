@@ -11,6 +11,7 @@ there: the host, which launches the frames too, launches fewer operations. On a 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,12 @@ class _Due:
     speech: Speech | None
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the codec's stream, one per device: memory that a stream has freed is kept for that stream."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class ChunkDecoder:
     """The codec behind several utterances that are being spoken.
 
@@ -92,7 +99,7 @@ class ChunkDecoder:
         self._heard: set[int] = set()  # whose frames have come since the last group
         self._side: torch.cuda.Stream | None = None
         if codec.device.type == "cuda":
-            self._side = torch.cuda.Stream(codec.device, priority=-1)
+            self._side = _side_stream(codec.device)
             self._side.wait_stream(torch.cuda.current_stream(codec.device))  # the weights may still be on their way
 
     def take(self, event: Event) -> list[_Decoding]:

@@ -100,7 +100,8 @@ class VoiceCache:
         return codes
 
     def _key(self, content: str) -> str:
-        tf32 = torch.backends.cudnn.allow_tf32 if self.device.type == "cuda" else None
+        is_cuda = self.device.type == "cuda"
+        tf32 = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) if is_cuda else None
         facts = {
             "recording": content,
             "codec": self._codec(),

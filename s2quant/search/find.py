@@ -90,8 +90,11 @@ def search(
     _check_goal(options)
     table = load_sensitivity(options.folder)
     items = make_items(table, options.bits, options.keep)
+    solution = None if options.out is None else _solve(options, table, items)
+    for folder in options.check:
+        open_checkpoint(folder)
     held = None if options.model is None else _hold(table, options.model, options.device, report)
-    found = None if options.out is None else _find(options, table, items, held, report)
+    found = None if solution is None else _find(options, table, items, solution, held, report)
     checked = [check_folder(table, folder, held, report) for folder in options.check] if held is not None else []
     if options.curve:
         rows = [one for one in (found, *checked) if one is not None]
@@ -196,15 +199,25 @@ def _hold(table: Sensitivity, folder: Path, device: str, report: Report) -> Held
     return hold(load_model(checkpoint, target, DTYPES[table.raw["dtype"]]), split.held, residual_size)
 
 
+def _solve(options: SearchOptions, table: Sensitivity, items: Sequence[Item]) -> Solution:
+    """Choose, and refuse what could not be written, before a model is loaded."""
+    assert options.out is not None
+    source_from(table.raw["recipe"]["calibration_source"], table.folder, options.out, options.source)
+    if options.budget is not None:
+        return least_damage(items, table.fixed_bytes, options.budget)
+    assert options.target_kl is not None
+    return least_size(items, table.fixed_bytes, options.target_kl)
+
+
 def _find(
-    options: SearchOptions, table: Sensitivity, items: Sequence[Item], held: Held | None, report: Report
+    options: SearchOptions,
+    table: Sensitivity,
+    items: Sequence[Item],
+    solution: Solution,
+    held: Held | None,
+    report: Report,
 ) -> Found:
     assert options.out is not None
-    if options.budget is not None:
-        solution = least_damage(items, table.fixed_bytes, options.budget)
-    else:
-        assert options.target_kl is not None
-        solution = least_size(items, table.fixed_bytes, options.target_kl)
     together = None
     if held is not None:
         together = measure_together(table.units, _bits(solution), open_candidates(table.folder), held)["kl"]

@@ -139,11 +139,12 @@ def measure_sensitivity(
             shutil.rmtree(folder)
         raise
     model = load_model(checkpoint, device, DTYPES[options.dtype])
-    floor = _floor(options, checkpoint, hold(model, split.held, residual_size), device)
+    held = hold(model, split.held, residual_size)
+    floor = _floor(options, checkpoint, held, device)
     job = Job(
         checkpoint=checkpoint,
         batches=make_batches(split.used, recipe.calibration.batch_size, checkpoint.config.pad_id),
-        held=hold(model, split.held, residual_size),
+        held=held,
         units=units,
         bits=options.bits,
         store=store,

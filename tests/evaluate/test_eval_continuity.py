@@ -69,9 +69,14 @@ class Scripted:
     def __init__(self, engine, clock, script):
         self.codec, self.device, self.clock, self.script = engine.codec, engine.device, clock, script
         self.asked = []
+        self.prefixes, self.cleared = self, 0
+
+    def clear(self):
+        self.cleared += 1
 
     def stream_requests(self, requests):
         self.asked.append(len(requests))
+        assert self.cleared == len(self.asked)  # no round knows prefixes of an earlier one
         start = self.clock[0]
         for at, index, seconds in self.script:
             self.clock[0] = start + at

@@ -142,12 +142,16 @@ def test_a_limit_on_a_cpu_is_refused(tiny_folder, tmp_path, capsys):
     assert capsys.readouterr().err.count("got: a memory limit on cpu") == 2 and not list(tmp_path.iterdir())
 
 
-def test_low_memory_speaks_the_same(tiny_folder, tmp_path):
+def test_low_memory_speaks_the_same(tiny_folder, tmp_path, monkeypatch):
     from s2quant.cli import main
+    from s2quant.codec import Codec
 
+    rested, rest = [], Codec.rest_encoder
+    monkeypatch.setattr(Codec, "rest_encoder", lambda codec, *words: (rested.append(words), rest(codec, *words))[1])
     words = ["speak", "Hi.", "--model", str(tiny_folder), "--max-frames", "5", "--seed", "1"]
     for name, more in (("a", []), ("b", ["--low-memory"])):
         assert main([*words, *more, "--out", str(tmp_path / f"{name}.wav")]) == 0
+        assert len(rested) == len(more), name
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 

@@ -288,7 +288,7 @@ def test_quantized_folders_are_held_against_the_prediction(
         split = round(len(ours) * (0.7 if folder == clean else 0.875))
         used = [ours[name].tolist() for name in sorted(ours)[:split]]
         assert row["num_seen"] == sum(one.tokens.tolist() in used for one in sequences)
-    assert rows[0]["num_seen"] == 0
+    assert rows[0]["num_seen"] == 0 < rows[1]["num_seen"]
     assert (rows[2]["kl"], rows[2]["kl_together"], rows[2]["num_seen"]) == (0, 0, None)
     names = [row["name"] for row in read_json(run / "curve.json")["named"]]
     assert names[-3:] == ["clean", tiny_quantized.name, tiny_folder.name]
@@ -297,4 +297,4 @@ def test_quantized_folders_are_held_against_the_prediction(
     assert main(["search", str(run), *check, "--model", str(tiny_folder), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("really") == 3
-    assert ("flattered" in printed) == any(row["num_seen"] for row in rows)
+    assert printed.count("flattered") == 1

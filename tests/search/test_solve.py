@@ -62,8 +62,6 @@ def test_least_damage_against_brute_force(seed: int) -> None:
         assert found.bound <= best + 1e-12  # nothing beats the bound
         assert best - 1e-12 <= found.damage
         exact += math.isclose(found.damage, best, abs_tol=1e-12)
-        if found.damage > best + 1e-12:  # then the gap that is printed does not hide it
-            assert found.damage - found.bound >= found.damage - best
     assert exact >= 30  # of about 60: greedy, but not bad
 
 
@@ -72,6 +70,7 @@ def test_least_size_against_brute_force(seed: int) -> None:
     items = random_items(seed)
     table = every(items)
     worst = max(damage for _, damage in table)
+    exact = 0
     for number in range(40):
         target = worst * number / 39
         found = least_size(items, FIXED, target)
@@ -80,6 +79,8 @@ def test_least_size_against_brute_force(seed: int) -> None:
         assert found.damage <= target
         assert found.bound <= best + 1e-9
         assert best <= found.num_bytes
+        exact += found.num_bytes == best
+    assert exact >= 35  # of 40; without the last step back from the hull most seeds find fewer
 
 
 @pytest.mark.parametrize("seed", range(6))

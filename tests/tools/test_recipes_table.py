@@ -108,7 +108,7 @@ def test_the_table_of_three_recipes(tiny_folder: Path, tmp_path: Path, ears: Non
         assert row["own"]["wer"]["value"] == pytest.approx(wer["model"]) and row["own"]["wer"]["delta"] == wer["delta"]
         end = results["tokens"]["im_end"]
         if end["n"]:
-            assert row["own"]["end_drift"]["value"] == pytest.approx(end["model_at_end"] - end["baseline_at_end"])
+            assert row["own"]["end_delta"]["value"] == pytest.approx(end["model_at_end"] - end["baseline_at_end"])
         assert row["speed"]["rtf"] > 0 and row["speed"]["ar_ratio_range"][0] <= row["speed"]["ar_ratio"]
         assert row["own"]["failures"]["arms"]["model"]["n"] == 2
     # on disk
