@@ -88,6 +88,27 @@ def test_utterances_are_framed_one_by_one(data: Path) -> None:
 # ---- codec ---------------------------------------------------------------------------------------------------------
 
 
+def test_shifted_speech_is_the_same_a_little_later(data: Path) -> None:
+    store = common.Speech(data, "cpu")
+    store.refresh()
+    sound, starts = store.framed(0).flatten(), store.frame_starts
+    for quarters in range(4):
+        later = store.shifted(quarters)
+        heard, lead = later.framed(0).flatten(), quarters * 512
+        for i, (first, size) in enumerate(zip(later.frame_starts, later.frames, strict=True)):
+            utterance = heard[first * 2048 : (first + size) * 2048]
+            assert not utterance[:lead].any()
+            before = sound[starts[i] * 2048 : (starts[i] + store.frames[i]) * 2048]
+            kept = min(len(before), len(utterance) - lead)
+            assert torch.equal(utterance[lead : lead + kept], before[:kept])
+            assert before[kept:].abs().sum() < 200  # no more is lost than the resampler rings on
+            labels = later.phones[first : first + size].flatten()
+            assert not labels[:quarters].any()
+            expected = store.phones[starts[i] : starts[i] + store.frames[i]].flatten()
+            assert torch.equal(labels[quarters:][: len(expected)], expected[: len(labels) - quarters])
+    assert np.array_equal(store.shifted(0).frames, store.frames)
+
+
 def test_entries_are_running_means_of_what_chose_them(log: common.Log) -> None:
     trainer = codec.Trainer(SMALL_CODEC, "cpu", 0, log, False, 1, 4)
     trainer.settle()

@@ -5,6 +5,7 @@ Legend: S samples at 16 kHz, F frames, B batch.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mini.speech import SAMPLE_RATE
+from mini.speech import SAMPLE_RATE, SUBFRAMES
 
 CODEC_RATE, FRAME_SIZE = 44100, 2048
 
@@ -146,7 +147,8 @@ class Speech:
         self.samples = np.zeros(0, np.int64)
         self.frames = np.zeros(0, np.int64)
         self.audio = torch.zeros(0, dtype=torch.int16, device=device)
-        self.phones = torch.zeros(0, 4, dtype=torch.uint8)
+        self.phones = torch.zeros(0, SUBFRAMES, dtype=torch.uint8)
+        self.lead = 0  # samples at the codec's rate before every utterance
         self._seen: set[str] = set()
 
     @property
@@ -223,6 +225,26 @@ class Speech:
         log("data", utterances=len(ahead.rows), waited=time.time() - started)
         return ahead
 
+    def shifted(self, quarters: int) -> Speech:
+        """The same utterances that many quarters of a frame later: other codes, exact labels, the same words."""
+        other = copy.copy(self)
+        other.lead = quarters * FRAME_SIZE // SUBFRAMES
+        long = self.samples * CODEC_RATE / SAMPLE_RATE + other.lead
+        other.frames = np.ceil(long / FRAME_SIZE - 1e-9).astype(np.int64)
+        labels = np.zeros((int(other.frames.sum()), SUBFRAMES), np.uint8)  # silence
+        flat, phones = labels.reshape(-1), self.phones.numpy().reshape(-1)
+        for start, old, count, old_count in zip(
+            other.frame_starts * SUBFRAMES,
+            self.frame_starts * SUBFRAMES,
+            other.frames * SUBFRAMES - quarters,
+            self.frames * SUBFRAMES,
+            strict=True,
+        ):
+            count = min(count, old_count)
+            flat[start + quarters : start + quarters + count] = phones[old : old + count]
+        other.phones = torch.from_numpy(labels)
+        return other
+
     def cut(self, indices: Sequence[int], length: int) -> Tensor:
         """Give utterances as float [B, length], zeros behind each."""
         start = torch.from_numpy(self.starts[list(indices)]).to(self.device)[:, None]
@@ -237,9 +259,10 @@ class Speech:
         for start in range(first, len(self.rows), batch):
             indices = range(start, min(start + batch, len(self.rows)))
             wav = resample(self.cut(indices, int(self.samples[indices].max())), SAMPLE_RATE, CODEC_RATE)
-            for row, i in zip(wav, indices, strict=True):
+            for sound, i in zip(wav, indices, strict=True):
                 size = int(self.frames[i]) * FRAME_SIZE
-                pieces.append((functional.pad(row, (0, max(0, size - len(row))))[:size] * 32767).short())
+                whole = functional.pad(sound, (self.lead, max(0, size - self.lead - len(sound))))[:size]
+                pieces.append((whole * 32767).short())
         if not pieces:
             return torch.zeros(0, FRAME_SIZE, dtype=torch.int16, device=self.device)
         return torch.cat(pieces).view(-1, FRAME_SIZE)

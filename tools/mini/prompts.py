@@ -2,7 +2,9 @@
 
 Legend: N codebooks, F frames, T positions of a row, R rows, H phonemes per position.
 
-    python -m mini.prompts --data DIR --codes FILE --tokenizer DIR --out DIR      (from tools/; waits for FILE)
+    python -m mini.prompts --data DIR --codes FILE FILE ... --tokenizer DIR --out DIR     (from tools/; waits for files)
+
+The second file and those behind it hold the codes of the same speech, one quarter of a frame later each.
 
 Kinds of conversation: one voice cloned from another sentence of it; no reference (then the default voice speaks);
 speakers 0 to 3 without references (each has a default voice); two cloned speakers in a dialogue; earlier turns.
@@ -194,7 +196,7 @@ def _write_chunk(job: tuple[str, Path, int, int, int, int, bool]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--codes", type=Path, required=True)
+    parser.add_argument("--codes", type=Path, nargs="+", required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=112)
@@ -205,26 +207,28 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.load(args.tokenizer)
-    while not args.codes.exists():  # started before they are there, so that imports cost nothing
-        time.sleep(0.2)
-    started = time.time()
-    for split in ("validation", "train"):
-        speech = Speech(args.data, "cpu", split, with_audio=False)
-        speech.refresh()
-        _shared[split] = Spoken.of(speech, load_codes(args.codes, **{split: speech})[split]), tokenizer
-    jobs = [("validation", args.out, 0, args.rows // 2, args.length, args.seed, False)]
-    easy = max(1, round(EASY_SHARE * args.chunks))
-    jobs += [
-        ("train", args.out, number, args.rows, args.length, args.seed, number <= easy)
-        for number in range(1, args.chunks + 1)
-    ]
-    with multiprocessing.get_context("fork").Pool(args.processes) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_write_chunk, jobs), 1):
-            if done in (1, args.processes, len(jobs)):
-                print(
-                    json.dumps({"part": "prompts", "chunks": done, "seconds": round(time.time() - started, 1)}),
-                    flush=True,
-                )
+    each = -(-args.chunks // len(args.codes))
+    for shift, path in enumerate(args.codes):
+        while not path.exists():  # started before they are there, so that imports cost nothing
+            time.sleep(0.2)
+        started = time.time()
+        for split in ("validation", "train") if shift == 0 else ("train",):
+            speech = Speech(args.data, "cpu", split, with_audio=False)
+            speech.refresh()
+            speech = speech.shifted(shift)
+            _shared[split] = Spoken.of(speech, load_codes(path, **{split: speech})[split]), tokenizer
+        first = 1 + shift * each
+        jobs = [
+            ("train", args.out, number, args.rows, args.length, args.seed, number - first < EASY_SHARE * each)
+            for number in range(first, first + each)
+        ]
+        if shift == 0:
+            jobs.insert(0, ("validation", args.out, 0, args.rows // 2, args.length, args.seed, False))
+        with multiprocessing.get_context("fork").Pool(args.processes) as pool:
+            for _ in pool.imap_unordered(_write_chunk, jobs):
+                pass
+        seconds = round(time.time() - started, 1)
+        print(json.dumps({"part": "prompts", "shift": shift, "chunks": len(jobs), "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=30000, help="training utterances")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) - 3))
     parser.add_argument("--chunks", type=int, default=112, help="of 1,000 packed rows each")
+    parser.add_argument("--shifts", type=int, default=4, help="times that speech is encoded, 1/4 frame later each")
     parser.add_argument("--codec-rows", type=int, default=4)
     parser.add_argument("--dual-rows", type=int, default=48)
     parser.add_argument("--clips", type=int, default=120, help="spoken and judged at the end")
@@ -68,6 +69,7 @@ def arguments() -> argparse.Namespace:
     args.flite = args.flite.resolve()
     if args.small:  # shorter stretches, of its own
         args.recognizer_until, args.codec_until, args.dual_until, args.round_trip_seconds = 50, 75, 115, 8
+        args.chunks, args.shifts = 6, 2
     if args.collect is None and args.out is None:
         parser.error("--out or --collect is needed")
     return args
@@ -97,6 +99,10 @@ class Part:
         from mini.common import Budget
 
         return Budget(max(2.0, self.args.origin + deadline - time.time()))
+
+    def codes(self, shift: int) -> Path:
+        """The file of the codes of all speech, that many quarters of a frame later."""
+        return self.work / (f"codes-{shift}.pt" if shift else CODES)
 
     def speech(self, split: str, num_parts: int):
         from mini.common import Speech
@@ -201,6 +207,10 @@ def run_codec(part: Part) -> None:
         bits=codec.entropies(codes["validation"]),
         frames=codes["train"].shape[1],
     )
+    for shift in range(1, part.args.shifts):  # other codes of the same words, so that none are learned by heart
+        started, store = time.time(), stores["train"].shifted(shift)
+        codec.save_codes(part.codes(shift), {"train": codec.encode_all(shipped, store)}, {"train": store})
+        part.log("encoded", shift=shift, seconds=time.time() - started)
 
 
 def train_codec(part: Part) -> None:
@@ -263,7 +273,8 @@ def run_dual(part: Part) -> None:
         compiled_or_not(trainer.warm_up, trainer.give_up_compiling, part.log)
 
     rows_folder = part.work / "rows"
-    command = [sys.executable, "-m", "mini.prompts", "--data", part.work / "data", "--codes", part.work / CODES]
+    command = [sys.executable, "-m", "mini.prompts", "--data", part.work / "data"]
+    command += ["--codes", *(part.codes(shift) for shift in range(args.shifts))]
     command += ["--tokenizer", part.work / "tokenizer", "--out", rows_folder, "--chunks", args.chunks]
     command += ["--length", dual.LENGTH, "--seed", part.seed, "--processes", args.processes]
     if small:
@@ -286,7 +297,8 @@ def run_dual(part: Part) -> None:
     part.log("training begins", rows=rows.refresh())
     again = 0.3 if args.dual_from else 1.0
     trainer.train(rows, check, part.until(args.dual_until), 0.02 * again, 1.5e-3 * again, save)
-    builder.wait()
+    if builder.poll() is None:  # no time was left for all shifts
+        builder.terminate()
     (part.work / "dual.done").touch()
 
 
