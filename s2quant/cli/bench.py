@@ -60,7 +60,6 @@ def _bench(options: argparse.Namespace) -> int:
     from s2quant.files import atomic_folder, check_new, write_json
     from s2quant.records import manifest
     from s2quant.report.bench import bench_svg, bench_table
-    from s2quant.runtime.speak import DTYPES
 
     if options.out is not None:
         check_new(options.out)
@@ -79,7 +78,7 @@ def _bench(options: argparse.Namespace) -> int:
             streams=_numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
-            dtype=DTYPES[options.dtype],
+            dtype=options.dtype,
             linears=options.linears,
             decoder=options.decoder,
             progress=report,

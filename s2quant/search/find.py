@@ -24,7 +24,6 @@ from s2quant.quantize.plan import make_plan
 from s2quant.recipe import Rule, load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model, parse_device
-from s2quant.runtime.speak import DTYPES
 from s2quant.search.check import Checked, check_folder
 from s2quant.search.curve import make_curve, write_curve
 from s2quant.search.damage import Held, hold
@@ -196,7 +195,7 @@ def _hold(table: Sensitivity, folder: Path, device: str, report: Report) -> Held
     residual_size = table.raw["residual_size"]
     split = split_held(calibration, recipe, checkpoint, residual_size, table.raw["calibration"]["num_held"])
     report("measuring as a whole", 0, 1)
-    return hold(load_model(checkpoint, target, DTYPES[table.raw["dtype"]]), split.held, residual_size)
+    return hold(load_model(checkpoint, target, table.raw["dtype"]), split.held, residual_size)
 
 
 def _solve(options: SearchOptions, table: Sensitivity, items: Sequence[Item]) -> Solution:
