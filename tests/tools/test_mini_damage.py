@@ -13,9 +13,9 @@ import torch
 import yaml
 from mini import damage, damage_report
 from mini.speech import SAMPLE_RATE
+from token_cases import token_metrics
 
 from s2quant.errors import UserError
-from s2quant.evaluate.tokens import token_metrics
 from s2quant.recipe import BITS, METHODS, load_recipe
 from s2quant.runtime.load import load_model
 
