@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, progress
+from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def _bench(options: argparse.Namespace) -> int:
             text=options.text,
             num_frames=options.frames,
             repeats=options.repeats,
-            batch_sizes=_numbers("--batch", options.batch),
+            batch_sizes=numbers("--batch", options.batch),
             memory_limit_gb=options.memory_limit,
             low_memory=options.low_memory,
             against=_upstream(options),
-            streams=_numbers("--streams", options.streams) if options.streams else (),
+            streams=numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
             dtype=options.dtype,
@@ -111,12 +111,3 @@ def _upstream(options: argparse.Namespace) -> Upstream | None:
         return None
     modes = tuple(mode for mode in MODES if options.against_mode in (mode, "both"))
     return Upstream(checkout=options.against, modes=modes, positions=options.against_positions)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text!r}", "numbers with commas between them", f"for example {option} 1,8"
-        ) from error

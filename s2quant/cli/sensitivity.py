@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet, progress
+from s2quant.cli.common import add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 
@@ -43,28 +43,10 @@ def add(commands: Any) -> None:
     add_quiet(command)
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Read numbers between commas.
-
-    Args:
-        text: Such as "4,8".
-
-    Returns:
-        The numbers.
-
-    Raises:
-        UserError: Something in it is no number.
-    """
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--bits {text!r}", "numbers with commas between them", "for example --bits 4,8") from error
-
-
 def _sensitivity(options: argparse.Namespace) -> int:
     if options.slots < 1:
         raise UserError(f"--slots {options.slots}", "a positive number", "correct it")
-    bits = parse_bits(options.bits)
+    bits = numbers("--bits", options.bits)
     from s2quant.search.sensitivity import SensitivityOptions, measure_sensitivity
 
     with progress(options.quiet) as report:
