@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet, numbers, progress
+from s2quant.cli.common import DTYPES, add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     command.add_argument("--bits", default="2,3,4,8", metavar="A,B", help="bit widths to measure (2,3,4,8)")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; the whole bf16 model must fit")
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        "--dtype", choices=DTYPES, default="float32",
         help="in which the damage is measured (float32: in bfloat16 rounding hides that of 8 bits)",
     )  # fmt: skip
     command.add_argument(
