@@ -401,8 +401,9 @@ def test_interrupted_then_resumed(tiny_folder: Path, tiny_quantized: Path, tmp_p
     assert inspect_folder(out).faults == ()
 
 
-def test_the_words_for_linears_are_the_runtime_s() -> None:
-    from s2quant.cli.common import LINEARS
-    from s2quant.runtime.linears import BACKENDS
+def test_the_words_for_linears_and_dtypes_are_the_runtime_s() -> None:
+    from s2quant.cli.common import DTYPES, LINEARS
+    from s2quant.runtime import linears, load
 
-    assert LINEARS == BACKENDS
+    assert linears.BACKENDS == LINEARS
+    assert tuple(load.DTYPES) == DTYPES

@@ -2,7 +2,7 @@
 
     python tools/recipes_table.py --model models/s2-mini --asr-model models/whisper-mini/whisper-mini.pt --out DIR
         [--recipe FILE ...] [--reference s2-mini-w4a16] [--suite eval/suites/mini-en.yaml] [--limit N] [--seeds 0,1,2]
-        [--device cpu] [--sequences N] [--work build/recipes]
+        [--device cpu] [--sequences N] [--slots N] [--work build/recipes]
 
 Without --recipe these are all of recipes/s2-mini-*.yaml; with `--add FILE` others come beside them, such as one that
 `s2quant search` wrote. Each is quantized as `s2quant quantize` does and judged as `s2quant eval` does, both by the same
@@ -20,7 +20,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(root), str(root / "tools")]
 
+from checkpoint_jobs import add_options, quantize, say
 from recipes_figures import Measured, compose
 from recipes_page import write
 
@@ -38,7 +38,7 @@ from s2quant.errors import UserError, shorten_list
 from s2quant.evaluate.plan import EvalOptions, make_plan
 from s2quant.evaluate.run import run_eval
 from s2quant.export.calibration import calibration_lines
-from s2quant.export.quantized import QuantizeOptions, partial_folder, quantize_checkpoint
+from s2quant.export.quantized import QuantizeOptions
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.plan import make_plan as quantize_plan
 from s2quant.recipe import load_recipe
@@ -69,12 +69,6 @@ class Options:
     num_slots: int = 8
 
 
-def say(phase: str, done: int = 0, total: int = 0) -> None:
-    """Tell of progress, a line per phase and per tenth of it."""
-    if total < 2 or done in (1, total) or done * 10 // total != (done - 1) * 10 // total:
-        print(f"{datetime.now(UTC):%H:%M:%S} {phase}" + (f" {done}/{total}" if total > 1 else ""), flush=True)
-
-
 def check(options: Options, config: S2Config) -> dict[str, Plan]:
     """Refuse what cannot be compared before anything is made; gives the plans by recipe."""
     plans: dict[str, Plan] = {}
@@ -94,27 +88,23 @@ def check(options: Options, config: S2Config) -> dict[str, Plan]:
     return plans
 
 
-def quantize(options: Options, recipe: Path, model_sha256: Mapping[str, str]) -> Path:
-    """Make a checkpoint, or take the one that is there if it was made of the same."""
+def make_checkpoint(options: Options, recipe: Path, model_sha256: Mapping[str, str]) -> Path:
+    """Make a recipe's checkpoint, or take the one that is there."""
     loaded = load_recipe(recipe)
     lines = calibration_lines(loaded, EVAL, options.num_sequences)
     key = calibration_key(lines, loaded.calibration, model_sha256)  # recipes that want the same set share one
-    out = options.work / "checkpoints" / loaded.name
-    say(f"checkpoint {loaded.name}")
-    quantize_checkpoint(
+    return quantize(
         QuantizeOptions(
             recipe=recipe,
             model=options.model,
-            out=out,
+            out=options.work / "checkpoints" / loaded.name,
             device=options.device,
             calibration=options.work / f"calibration-{key[:16]}.safetensors",
-            resume=out.exists() or partial_folder(out).exists(),
             eval_folder=EVAL,
             num_sequences=options.num_sequences,
             num_slots=options.num_slots,
         )
     )
-    return out
 
 
 def eval_options(options: Options, folder: Path, first: Path | None = None) -> EvalOptions:
@@ -141,7 +131,7 @@ def run(options: Options) -> dict[str, Any]:
     checkpoint = open_checkpoint(options.model)
     plans = check(options, checkpoint.config)
     model_sha256 = folder_hashes(options.model)
-    folders = {load_recipe(path).name: quantize(options, path, model_sha256) for path in options.recipes}
+    folders = {load_recipe(path).name: make_checkpoint(options, path, model_sha256) for path in options.recipes}
     measured, first = [], None
     for name, folder in folders.items():
         say(f"evaluation of {name}")
@@ -157,16 +147,9 @@ def run(options: Options) -> dict[str, Any]:
     return table
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}, not whole numbers between commas") from error
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the bf16 checkpoint folder")
+    add_options(parser)
     parser.add_argument("--asr-model", type=Path, help="the recognizer, instead of the suite's")
     parser.add_argument("--out", type=Path, required=True, help="the report's folder")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "recipes", help="checkpoints and runs, kept")
@@ -175,20 +158,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", default=REFERENCE, help="name of the recipe that the others are compared with")
     parser.add_argument("--suite", type=Path, default=Options.suite)
     parser.add_argument("--limit", type=int, help="only the first N utterances")
-    parser.add_argument("--seeds", type=_numbers, help="seeds instead of the suite's")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--sequences", type=int, help="calibration sequences, instead of the recipes'")
-    parser.add_argument("--slots", type=int, default=8)
-    args = parser.parse_args(words)
-    recipes = args.recipe or sorted((ROOT / "recipes").glob("s2-mini-*.yaml"))
-    options = Options(
-        model=args.model, out=args.out, work=args.work, recipes=(*recipes, *args.add), reference=args.reference,
-        suite=args.suite, asr_model=args.asr_model, limit=args.limit, seeds=args.seeds, device=args.device,
-        dtype=args.dtype, num_sequences=args.sequences, num_slots=args.slots,
-    )  # fmt: skip
     try:
-        run(options)
+        args = parser.parse_args(words)
+        recipes = args.recipe or sorted((ROOT / "recipes").glob("s2-mini-*.yaml"))
+        more = {name: value for name, value in vars(args).items() if name not in ("recipe", "add")}
+        run(Options(recipes=(*recipes, *args.add), **more))
     except UserError as error:
         print(f"recipes_table: {error}", file=sys.stderr)
         return 2

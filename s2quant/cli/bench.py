@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, progress
+from s2quant.cli.common import DTYPES, LINEARS, add_memory_limit, add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     command.add_argument("--repeats", type=int, default=3, metavar="N", help="timed rounds; one more is warm-up")
     command.add_argument("--text", default=TEXT, help="what every utterance says")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument(
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
@@ -60,7 +60,6 @@ def _bench(options: argparse.Namespace) -> int:
     from s2quant.files import atomic_folder, check_new, write_json
     from s2quant.records import manifest
     from s2quant.report.bench import bench_svg, bench_table
-    from s2quant.runtime.speak import DTYPES
 
     if options.out is not None:
         check_new(options.out)
@@ -72,14 +71,14 @@ def _bench(options: argparse.Namespace) -> int:
             text=options.text,
             num_frames=options.frames,
             repeats=options.repeats,
-            batch_sizes=_numbers("--batch", options.batch),
+            batch_sizes=numbers("--batch", options.batch),
             memory_limit_gb=options.memory_limit,
             low_memory=options.low_memory,
             against=_upstream(options),
-            streams=_numbers("--streams", options.streams) if options.streams else (),
+            streams=numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),
             device=options.device,
-            dtype=DTYPES[options.dtype],
+            dtype=options.dtype,
             linears=options.linears,
             decoder=options.decoder,
             progress=report,
@@ -112,12 +111,3 @@ def _upstream(options: argparse.Namespace) -> Upstream | None:
         return None
     modes = tuple(mode for mode in MODES if options.against_mode in (mode, "both"))
     return Upstream(checkout=options.against, modes=modes, positions=options.against_positions)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"{option} {text!r}", "numbers with commas between them", f"for example {option} 1,8"
-        ) from error

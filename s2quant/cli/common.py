@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from s2quant.errors import UserError
+
+DTYPES = ("bfloat16", "float32")  # see s2quant.runtime.load, which imports torch
 LINEARS = ("auto", "reference", "int4", "triton")  # see s2quant.runtime.linears, which imports torch
 
 
@@ -34,6 +37,27 @@ def add_memory_limit(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--low-memory", action="store_true", help="keep what only encodes recordings, half of the codec, on the host"
     )
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers between commas.
+
+    Args:
+        option: What they were given to, such as --bits.
+        text: Such as "4,8".
+
+    Returns:
+        The numbers.
+
+    Raises:
+        UserError: Something in it is no number.
+    """
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text!r}", "whole numbers with commas between them", f"for example {option} 4,8"
+        ) from error
 
 
 def voice_cache(options: argparse.Namespace) -> Path | None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import LINEARS, add_quiet, progress
+from s2quant.cli.common import DTYPES, LINEARS, add_quiet, progress
 from s2quant.errors import UserError
 
 
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     command.add_argument("--asr-model", metavar="FILE", help="the recognizer, instead of the suite's")
     command.add_argument("--similarity-model", metavar="PATH", help="the speaker model, instead of the suite's")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the models")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument("--slots", type=int, default=8, metavar="N", help="utterances in progress at a time")
     command.add_argument(

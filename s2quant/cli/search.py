@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import add_quiet, progress
-from s2quant.cli.sensitivity import parse_bits
+from s2quant.cli.common import add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def add(commands: Any) -> None:
 
 
 def _search(options: argparse.Namespace) -> int:
-    bits = None if options.bits is None else parse_bits(options.bits)
+    bits = None if options.bits is None else numbers("--bits", options.bits)
     if options.target_kl is not None and not 0 <= options.target_kl < float("inf"):
         raise UserError(f"--target-kl {options.target_kl}", "nats per frame, 0 or more", "correct it")
     from s2quant.search.find import SearchOptions, search

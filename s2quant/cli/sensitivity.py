@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import add_quiet, progress
+from s2quant.cli.common import DTYPES, add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     command.add_argument("--bits", default="2,3,4,8", metavar="A,B", help="bit widths to measure (2,3,4,8)")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; the whole bf16 model must fit")
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        "--dtype", choices=DTYPES, default="float32",
         help="in which the damage is measured (float32: in bfloat16 rounding hides that of 8 bits)",
     )  # fmt: skip
     command.add_argument(
@@ -43,28 +43,10 @@ def add(commands: Any) -> None:
     add_quiet(command)
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Read numbers between commas.
-
-    Args:
-        text: Such as "4,8".
-
-    Returns:
-        The numbers.
-
-    Raises:
-        UserError: Something in it is no number.
-    """
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--bits {text!r}", "numbers with commas between them", "for example --bits 4,8") from error
-
-
 def _sensitivity(options: argparse.Namespace) -> int:
     if options.slots < 1:
         raise UserError(f"--slots {options.slots}", "a positive number", "correct it")
-    bits = parse_bits(options.bits)
+    bits = numbers("--bits", options.bits)
     from s2quant.search.sensitivity import SensitivityOptions, measure_sensitivity
 
     with progress(options.quiet) as report:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import LINEARS, add_memory_limit, add_quiet, add_voice_cache, voice_cache
+from s2quant.cli.common import DTYPES, LINEARS, add_memory_limit, add_quiet, add_voice_cache, voice_cache
 from s2quant.errors import UserError
 
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint folder")
     command.add_argument("--out", required=True, metavar="FILE", help="a wav file; - writes raw 16-bit PCM to stdout")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the model")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     command.add_argument(
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"

@@ -37,13 +37,12 @@ class Playback:
     late_s: float
 
 
-def play(chunks: Sequence[tuple[float, float]], buffer_s: float = 0.0) -> Playback:
+def play(chunks: Sequence[tuple[float, float]]) -> Playback:
     """Simulate a player.
 
     Args:
         chunks: When each was ready, in seconds from any zero and never before the one ahead of it, and its length in
             seconds. Those of no length are not heard.
-        buffer_s: How long the player waits after the first chunk before it begins.
 
     Returns:
         What was heard.
@@ -51,13 +50,13 @@ def play(chunks: Sequence[tuple[float, float]], buffer_s: float = 0.0) -> Playba
     assert all(one[0] <= other[0] for one, other in itertools.pairwise(chunks)), "chunks out of order"
     heard = [(ready, length) for ready, length in chunks if length > 0]
     gaps = []
-    plays_until = heard[0][0] + buffer_s if heard else 0.0
+    plays_until = heard[0][0] if heard else 0.0
     for ready, length in heard:
         if ready > plays_until:
             gaps.append(ready - plays_until)
         plays_until = max(ready, plays_until) + length
     return Playback(
-        first_audio_s=heard[0][0] + buffer_s if heard else None,
+        first_audio_s=heard[0][0] if heard else None,
         audio_s=sum(length for _, length in heard),
         underruns=len(gaps),
         longest_gap_s=max(gaps, default=0.0),

@@ -40,9 +40,8 @@ from s2quant.evaluate.wer import score
 from s2quant.files import atomic_file, check_new, read_json, write_json
 from s2quant.records import Arm, folder_hashes, manifest, versions, write_records
 from s2quant.runtime.engine import load_engine
-from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.memory import release_memory
-from s2quant.runtime.speak import DTYPES
 
 RUN_VERSION = 1
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")
@@ -73,10 +72,9 @@ def run_eval(options: EvalOptions, progress: Progress = lambda phase, done, tota
 
 def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, Any] | None:
     plan = make_plan(options)
-    if options.dtype not in DTYPES:
-        raise UserError(f"dtype {options.dtype!r}", f"one of {', '.join(DTYPES)}", "correct it")
     options = replace(options, device=ranks.device(options.device))
     parse_device(options.device)
+    parse_dtype(options.dtype)
     store = Store(folder=options.out, rank=ranks.rank)
     if ranks.is_first:
         _begin(options, plan, progress)
@@ -86,9 +84,7 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     folders = _folders(options)
 
     def engine_of(name: str) -> Callable[[], Any]:
-        return lambda: load_engine(
-            folders[name], options.device, DTYPES[options.dtype], options.linears, options.num_slots
-        )
+        return lambda: load_engine(folders[name], options.device, options.dtype, options.linears, options.num_slots)
 
     generate(plan, {name: engine_of(name) for name in folders}, store, ranks, progress)
     ranks.wait()
@@ -243,7 +239,7 @@ def _measure_tokens(
 ) -> dict[str, list[TokenDamage]]:
     """Compare the arms on the baseline's speech, each process its share; in the first one, give all damages."""
     assert options.baseline is not None
-    device, dtype, hashes = options.device, DTYPES[options.dtype], facts["checkpoints"]
+    device, dtype, hashes = options.device, parse_dtype(options.dtype), facts["checkpoints"]
     baseline = folder_arm(options.baseline, device, dtype, options.linears, hashes["baseline"])
     arms = {
         "model": folder_arm(options.model, device, dtype, options.linears, hashes["model"]),
@@ -311,7 +307,7 @@ def _measure_speed(options: EvalOptions, plan: EvalPlan, store: Store, progress:
         repeats=SPEED_REPEATS,
         batch_sizes=tuple(dict.fromkeys((1, options.num_slots))),
         device=options.device,
-        dtype=DTYPES[options.dtype],
+        dtype=options.dtype,
         linears=options.linears,
         progress=lambda phase, done, total: progress(f"timing, {phase}", done, total),
     )

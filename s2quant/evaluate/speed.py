@@ -31,7 +31,7 @@ from s2quant.evaluate.upstream import Upstream, check_upstream, measure_upstream
 from s2quant.runtime.backends import describe_decoding
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
-from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.memory import limit_memory
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
@@ -65,7 +65,7 @@ def measure_speed(
     repeats: int = 3,
     batch_sizes: Sequence[int] = (1,),
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
     decoder: DecoderKind = "plain",
     voice: Voice | None = None,
@@ -84,7 +84,7 @@ def measure_speed(
         repeats: Timed rounds per batch size.
         batch_sizes: Utterances at a time.
         device: Where to run.
-        dtype: The models' dtype.
+        dtype: The models', one of torch's or its name.
         linears: Backend of the quantized linears.
         decoder: How frames are made, see `Engine`.
         voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
@@ -107,9 +107,10 @@ def measure_speed(
         every arm at batch 1); each is empty unless it was asked for.
 
     Raises:
-        UserError: A number is out of range, or a folder, the text or the device cannot be used.
+        UserError: A number is out of range, or a folder, the text, the device or the dtype cannot be used.
     """
     target = _checked(folders, num_frames, repeats, batch_sizes, streams, device)
+    dtype = parse_dtype(dtype)
     if memory_limit_gb is not None:
         limit_memory(target, memory_limit_gb * 1e9)
     slots = max(*batch_sizes, *streams, 1)

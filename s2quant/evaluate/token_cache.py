@@ -185,7 +185,8 @@ def measure_arms(
             continue
         model = arms[name].load()
         for done, i in enumerate(rows, 1):
-            token_damage(_load(answers[i]), model, sequences[i], residual_size).save(damages[name][i])
+            own = teacher_forced(model, sequences[i], residual_size)
+            token_damage(_load(answers[i]), own, model, sequences[i], residual_size).save(damages[name][i])
             progress(name, done, len(rows))
         del model
         release_memory()

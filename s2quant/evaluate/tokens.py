@@ -252,11 +252,14 @@ def residual_logits(model: DualAR, hidden: Tensor, codes: Tensor, residual_size:
 
 
 @torch.inference_mode()
-def token_damage(reference: Forced, model: DualAR, sequence: TokenSequence, residual_size: int) -> TokenDamage:
+def token_damage(
+    reference: Forced, own: Forced, model: DualAR, sequence: TokenSequence, residual_size: int
+) -> TokenDamage:
     """Compare an arm with the baseline on one sequence.
 
     Args:
         reference: `teacher_forced` of the baseline, on any device.
+        own: `teacher_forced` of the arm.
         model: The arm.
         sequence: The sequence.
         residual_size: R.
@@ -267,7 +270,6 @@ def token_damage(reference: Forced, model: DualAR, sequence: TokenSequence, resi
     Raises:
         UserError: The arm's sizes are not the baseline's.
     """
-    own = teacher_forced(model, sequence, residual_size)
     reference = reference.to(own.semantic.device)
     if reference.semantic.shape != own.semantic.shape or reference.hidden.shape != own.hidden.shape:
         raise UserError(
@@ -327,24 +329,3 @@ def _compare(baseline: Tensor, model: Tensor, targets: Tensor) -> Mapping[str, T
         "agree": (baseline.argmax(-1) == model.argmax(-1)).where(kl.isfinite(), torch.nan),
         "delta_nll": (log_p.gather(-1, drawn) - log_q.gather(-1, drawn)).squeeze(-1),
     }
-
-
-def token_metrics(
-    baseline: DualAR, model: DualAR, sequences: Sequence[TokenSequence], residual_size: int
-) -> list[TokenDamage]:
-    """Compare two models that are both in memory.
-
-    Args:
-        baseline: The model that spoke the sequences.
-        model: The other arm, on any device.
-        sequences: What the baseline spoke.
-        residual_size: Entries of a residual codebook that exist in the codec.
-
-    Returns:
-        One damage per sequence, in order.
-
-    Raises:
-        UserError: A sequence cannot be scored, or the models differ in size.
-    """
-    check_sequences(baseline.config, sequences, residual_size)
-    return [token_damage(teacher_forced(baseline, one, residual_size), model, one, residual_size) for one in sequences]

@@ -27,7 +27,6 @@ from s2quant.sampling import Sampling
 
 Mode = Literal["eager", "compiled"]
 MODES: tuple[Mode, ...] = ("eager", "compiled")
-POSITIONS = 4096
 INFERENCE = Path("fish_speech/models/text2semantic/inference.py")
 LOG_LINES = 15
 
@@ -38,13 +37,13 @@ class Upstream:
 
     Args:
         checkout: A fish-speech checkout.
-        modes: How its frame runs: as it is, or compiled by torch.
         positions: What its caches hold; no more than the model's own positions.
+        modes: How its frame runs: as it is, or compiled by torch.
     """
 
     checkout: Path
+    positions: int
     modes: tuple[Mode, ...] = ("compiled",)
-    positions: int = POSITIONS
 
 
 def check_upstream(upstream: Upstream, folder: Path, needed_positions: int) -> None:

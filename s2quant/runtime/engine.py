@@ -37,7 +37,7 @@ from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
-from s2quant.runtime.load import load_model, parse_device
+from s2quant.runtime.load import load_model, parse_device, parse_dtype
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
@@ -361,7 +361,7 @@ class Engine:
 def load_engine(
     path: Path | str,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
     num_slots: int = 8,
     decoder: DecoderKind = "plain",
@@ -375,7 +375,7 @@ def load_engine(
     Args:
         path: The folder.
         device: Where to put model and codec.
-        dtype: The model's dtype; the codec is float32.
+        dtype: The model's, one of torch's or its name; the codec is float32.
         linears: Backend of the quantized linears.
         num_slots: Most utterances in progress at a time.
         decoder: See `Engine`.
@@ -390,9 +390,10 @@ def load_engine(
         The engine.
 
     Raises:
-        UserError: The folder or the device cannot be used.
+        UserError: The folder, the device or the dtype cannot be used.
     """
     target = parse_device(device)
+    parse_dtype(dtype)
     if memory_limit_bytes is not None:
         memory.limit_memory(target, memory_limit_bytes)
     checkpoint = open_checkpoint(path)

@@ -9,7 +9,6 @@ and the random numbers it used are used again by the utterance's next batch of t
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2quant.errors import UserError
 from s2quant.runtime.fast import FastDecoder, Read
 from s2quant.runtime.slots import Event, PrefixLength, Prompt, Utterance, finished_speech
 from s2quant.runtime.speech import Request
@@ -92,13 +90,7 @@ class LaggedSlots:
 
     def _seat(self, index: int) -> None:
         request = self.requests[index]
-        utterance = Utterance(
-            index=index,
-            request=request,
-            batches=self.batches[index],
-            generator=torch.Generator(self.decoder.device).manual_seed(request.seed),
-            started=time.perf_counter(),
-        )
+        utterance = Utterance.start(index, request, self.batches[index], self.decoder.device)
         self.seats.append(_Seated(utterance=utterance))
         number = len(self.seats) - 1
         self.decoder.seat(number, utterance.generator, request.sampling, request.ignore_end)
@@ -109,12 +101,9 @@ class LaggedSlots:
         """Read a slot's next prompt; False when the conversation has grown too long for another batch."""
         seated, decoder = self.seats[number], self.decoder
         utterance = seated.utterance
-        try:
-            prompt = self.prompt(utterance.request, utterance.batches[len(utterance.history)], utterance.history)
-        except UserError:
-            if not utterance.history:
-                raise
-            return False  # text and voices were checked before: only the length can be wrong
+        prompt = utterance.next_prompt(self.prompt)
+        if prompt is None:
+            return False
         length = prompt.shape[1]
         utterance.limit = min(utterance.request.max_frames, decoder.max_positions - length)
         decoder.ensure(length + utterance.limit)

@@ -19,6 +19,7 @@ from s2quant.packing import QuantizedWeight
 from s2quant.runtime.linears import Backend, make_linear
 from s2quant.runtime.memory import trim_heap
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # by the names of the command line
 TRIM_BYTES = 32 * 2**20  # read from disk between two clean-ups of the host's heap
 
 
@@ -49,6 +50,25 @@ def parse_device(device: str | torch.device) -> torch.device:
     return parsed
 
 
+def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Check that a dtype can be used.
+
+    Args:
+        dtype: One of torch's floating dtypes, or a name of the command line.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        UserError: It is neither.
+    """
+    parsed = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        names = ", ".join(DTYPES)
+        raise UserError(f"dtype {dtype!r}", f"one of {names}, or a floating dtype of torch", "correct the dtype")
+    return parsed
+
+
 def device_name(device: torch.device) -> str:
     """Name a device for a manifest.
 
@@ -66,7 +86,7 @@ def device_name(device: torch.device) -> str:
 def load_model(
     path: Path | str | Checkpoint,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
 ) -> DualAR:
     """Load the speech model of a checkpoint, bf16 or quantized.
@@ -74,16 +94,16 @@ def load_model(
     Args:
         path: The folder, or an opened checkpoint.
         device: Where to put the model.
-        dtype: dtype of everything that is not quantized, and of the activations.
+        dtype: Of everything that is not quantized, and of the activations; a name will do, see `parse_dtype`.
         linears: Backend of the quantized linears, see `s2quant.runtime.linears`.
 
     Returns:
         The model in eval mode, without gradients.
 
     Raises:
-        UserError: The folder or the device cannot be used; every fault of the folder is listed.
+        UserError: The folder, the device or the dtype cannot be used; every fault of the folder is listed.
     """
-    target = parse_device(device)
+    target, dtype = parse_device(device), parse_dtype(dtype)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     with torch.device("meta"):
         model = DualAR(checkpoint.config)

@@ -63,6 +63,41 @@ class Utterance:
     stop_reason: StopReason = "end"
     held: Tensor | None = None
 
+    @classmethod
+    def start(cls, index: int, request: Request, batches: Sequence[str], device: torch.device) -> Utterance:
+        """Give a request its random state and start its clock.
+
+        Args:
+            index: The request's place in the list.
+            request: The request.
+            batches: Its texts.
+            device: Of the random state.
+
+        Returns:
+            The utterance, without a prompt.
+        """
+        generator = torch.Generator(device).manual_seed(request.seed)
+        return cls(index=index, request=request, batches=batches, generator=generator, started=time.perf_counter())
+
+    def next_prompt(self, build: Prompt) -> Tensor | None:
+        """Build the prompt of the next batch.
+
+        Args:
+            build: Builds it.
+
+        Returns:
+            int64 [1+N, T], or None when the conversation has grown too long for another batch.
+
+        Raises:
+            UserError: The first prompt does not fit.
+        """
+        try:
+            return build(self.request, self.batches[len(self.history)], self.history)
+        except UserError:
+            if not self.history:
+                raise
+            return None  # text and voices were checked before: only the length can be wrong
+
     def end_batch(self, num_codebooks: int, semantic_begin_id: int) -> None:
         """Put the frames of the batch in progress into the history.
 
@@ -134,7 +169,9 @@ class Slots:
         waiting = deque(range(len(self.requests)))
         while waiting or self.slots:
             while waiting and len(self.slots) < self.decoder.num_slots:
-                self.slots.append(self._new_slot(waiting.popleft()))
+                index = waiting.popleft()
+                request, batches = self.requests[index], self.batches[index]
+                self.slots.append(Utterance.start(index, request, batches, self.decoder.device))
                 self._rows = None
                 number = len(self.slots) - 1
                 yield from self._take(number, self._prefill(number))
@@ -143,16 +180,6 @@ class Slots:
             columns = self._step()
             for number in reversed(range(len(self.slots))):  # the last slot, which may move, has been taken already
                 yield from self._take(number, columns[number])
-
-    def _new_slot(self, index: int) -> Utterance:
-        request = self.requests[index]
-        return Utterance(
-            index=index,
-            request=request,
-            batches=self.batches[index],
-            generator=torch.Generator(self.decoder.device).manual_seed(request.seed),
-            started=time.perf_counter(),
-        )
 
     def _step(self) -> Tensor:
         """Advance all active slots by one frame: their columns int64 [B, 1+N], on the CPU."""
@@ -177,12 +204,9 @@ class Slots:
             UserError: The first prompt does not fit.
         """
         slot, decoder = self.slots[number], self.decoder
-        try:
-            prompt = self.prompt(slot.request, slot.batches[len(slot.history)], slot.history)
-        except UserError:
-            if not slot.history:
-                raise
-            return None  # text and voices were checked before: only the length can be wrong
+        prompt = slot.next_prompt(self.prompt)
+        if prompt is None:
+            return None
         length = prompt.shape[1]
         slot.limit = min(slot.request.max_frames, decoder.config.slow.max_seq_len - length)
         slot.position = length - 1

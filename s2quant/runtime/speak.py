@@ -22,10 +22,9 @@ from s2quant.runtime.audio import pcm_bytes, write_chunks
 from s2quant.runtime.backends import describe_decoding
 from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
+from s2quant.runtime.load import DTYPES
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.sampling import Sampling, sampling_faults
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ def speak_to(options: SpeakOptions, stdout: BinaryIO) -> dict[str, Any]:
     engine = load_engine(
         options.model,
         options.device,
-        DTYPES[options.dtype],
+        options.dtype,
         options.linears,
         1,
         options.decoder,

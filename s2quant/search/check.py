@@ -16,7 +16,6 @@ from s2quant.export.calibration import Report, num_held_out
 from s2quant.export.quantized import DETAILS
 from s2quant.recipe import load_recipe
 from s2quant.runtime.load import load_model
-from s2quant.runtime.speak import DTYPES
 from s2quant.search.damage import Held, measure_model
 from s2quant.search.table import Sensitivity
 
@@ -60,7 +59,7 @@ def check_folder(table: Sensitivity, folder: Path, held: Held, report: Report) -
     report(f"measuring {folder.name}", 0, 1)
     checkpoint = open_checkpoint(folder)
     device = held.inputs[0].device
-    measured = measure_model(held, load_model(checkpoint, device, DTYPES[table.raw["dtype"]], "reference"))
+    measured = measure_model(held, load_model(checkpoint, device, table.raw["dtype"], "reference"))
     total: float | None = 0.0
     for unit in table.units:
         modules = {(checkpoint.modules[m].bits, checkpoint.modules[m].group_size) for m in unit.modules}

@@ -11,7 +11,7 @@ from s2quant.files import atomic_file, write_json
 from s2quant.report.pareto import pareto_chart
 from s2quant.report.sensitivity import CURVE, write_sensitivity_report
 from s2quant.report.svg import svg_file
-from s2quant.search.solve import Item, Solution, walk
+from s2quant.search.solve import Solution
 from s2quant.search.table import Sensitivity
 from s2quant.search.together import combinations
 
@@ -37,29 +37,50 @@ def best_at(points: Sequence[Solution], num_bytes: int) -> float | None:
     return None
 
 
-def make_curve(table: Sensitivity, items: Sequence[Item], found: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+def named_points(table: Sensitivity, points: Sequence[Solution]) -> list[dict[str, Any]]:
+    """Place the combinations that every run measures as a whole beside the best choices.
+
+    Args:
+        table: What was measured.
+        points: From `walk`.
+
+    Returns:
+        name, bits, num_bytes, kl, kl_together and kl_best of each.
+    """
+    measured = {row["name"]: row for row in table.raw["together"]}
+    return [
+        _beside(points, _named(table, name, choice, measured.get(name)))
+        for name, choice in combinations(table.units, table.raw["bits"]).items()
+    ]
+
+
+def make_curve(
+    table: Sensitivity,
+    points: Sequence[Solution],
+    named: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Compute the curve.
 
     Args:
         table: What was measured.
-        items: The units with their choices.
-        found: More named points: name, num_bytes, kl and perhaps kl_together.
+        points: From `walk`.
+        named: From `named_points`.
+        found: More of these: name, num_bytes, kl and kl_together.
 
     Returns:
-        The object of curve.json: every step of the best choices, and the named combinations that were measured as a
-        whole.
+        The object of curve.json: every step of the best choices, and the named points.
     """
-    points = list(walk(items, table.fixed_bytes))
-    measured = {row["name"]: row for row in table.raw["together"]}
-    named = [
-        _named(table, name, choice, measured.get(name))
-        for name, choice in combinations(table.units, table.raw["bits"]).items()
-    ]
-    named += [dict(row) for row in found]
-    for row in named:
-        row["kl_best"] = best_at(points, row["num_bytes"])
-    rows: list[dict[str, Any]] = [_point(point) for point in points]
-    return {"schema_version": 1, "sensitivity_sha256": table.sha256, "points": rows, "named": named}
+    return {
+        "schema_version": 1,
+        "sensitivity_sha256": table.sha256,
+        "points": [_point(point) for point in points],
+        "named": [*named, *(_beside(points, row) for row in found)],
+    }
+
+
+def _beside(points: Sequence[Solution], row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "kl_best": best_at(points, row["num_bytes"])}
 
 
 def _point(point: Solution) -> dict[str, Any]:

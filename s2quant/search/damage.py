@@ -153,8 +153,9 @@ def measure_model(held: Held, model: DualAR) -> dict[str, Any]:
     """
     found = []
     for sequence, reference in zip(held.sequences, held.references, strict=True):
-        damage = token_damage(reference, model, sequence, held.residual_size)
-        found.append((damage, *_hidden_error(reference, teacher_forced(model, sequence, held.residual_size))))
+        own = teacher_forced(model, sequence, held.residual_size)
+        damage = token_damage(reference, own, model, sequence, held.residual_size)
+        found.append((damage, *_hidden_error(reference, own)))
     return summarise(found)
 
 

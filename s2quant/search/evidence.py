@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from s2quant.recipe import Recipe
-from s2quant.search.curve import best_at, make_curve
-from s2quant.search.solve import Item, walk
 from s2quant.search.table import Sensitivity
 from s2quant.search.units import DENSE_BITS
 
@@ -36,15 +35,15 @@ class Found:
 
 
 def evidence(
-    goal: str, table: Sensitivity, items: Sequence[Item], found: Found, origin: Recipe, is_target: bool
+    goal: str, table: Sensitivity, found: Found, compared: Sequence[Mapping[str, Any]], origin: Recipe, is_target: bool
 ) -> list[str]:
     """Say what speaks for a recipe; no date, so that the same input gives the same file.
 
     Args:
         goal: The size or damage that was asked for, with its unit.
         table: What was measured.
-        items: What could be chosen.
-        found: What was.
+        found: What was found.
+        compared: Combinations to hold it against, from `named_points`.
         origin: The recipe that the measurements started from.
         is_target: Whether the goal is a damage.
 
@@ -71,16 +70,11 @@ def evidence(
             f"measured as a whole: {found.kl_together:.6g} nats per frame"
             f"{'' if not found.kl else f', {found.kl_together / found.kl:.2f} of the prediction'}"
         )
-    points = list(walk(items, table.fixed_bytes))
-    widths = {choice.bits for item in items for choice in item.choices}
-    for row in make_curve(table, items)["named"]:
-        if not set(row["bits"]) <= widths:
-            continue  # a width that was not among the choices
-        best = best_at(points, row["num_bytes"])
-        lines.append(
-            f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "
-            f"{_nats(row['kl_together'])}; the bound at that size is {_nats(best)}"
-        )
+    lines += [
+        f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "
+        f"{_nats(row['kl_together'])}; the bound at that size is {_nats(row['kl_best'])}"
+        for row in compared
+    ]
     lines += [
         f"measured on {calibration['num_held_frames']} frames of {calibration['num_held_scored']} sequences, held out "
         f"from {calibration['num_used']} for the Hessians; {table.raw['device']}",

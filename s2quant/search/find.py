@@ -24,9 +24,8 @@ from s2quant.quantize.plan import make_plan
 from s2quant.recipe import Rule, load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model, parse_device
-from s2quant.runtime.speak import DTYPES
 from s2quant.search.check import Checked, check_folder
-from s2quant.search.curve import make_curve, write_curve
+from s2quant.search.curve import make_curve, named_points, write_curve
 from s2quant.search.damage import Held, hold
 from s2quant.search.evidence import Found, evidence
 from s2quant.search.rules import recipe_text, source_from
@@ -94,14 +93,18 @@ def search(
     for folder in options.check:
         open_checkpoint(folder)
     held = None if options.model is None else _hold(table, options.model, options.device, report)
-    found = None if solution is None else _find(options, table, items, solution, held, report)
+    points = list(walk(items, table.fixed_bytes))
+    named = named_points(table, points)
+    widths = {choice.bits for item in items for choice in item.choices}
+    compared = [row for row in named if set(row["bits"]) <= widths]  # of widths that could have been chosen
+    found = None if solution is None else _find(options, table, compared, solution, held, report)
     checked = [check_folder(table, folder, held, report) for folder in options.check] if held is not None else []
     if options.curve:
         rows = [one for one in (found, *checked) if one is not None]
         keys = ("name", "num_bytes", "kl", "kl_together")
-        curve = make_curve(table, items, [{key: getattr(one, key) for key in keys} for one in rows])
+        curve = make_curve(table, points, named, [{key: getattr(one, key) for key in keys} for one in rows])
         if held is not None:
-            _measure_curve(table, items, curve, held, report)
+            _measure_curve(table, points, curve, held, report)
         write_curve(options.folder, curve)
     report("done", 1, 1)
     return found, checked
@@ -196,7 +199,7 @@ def _hold(table: Sensitivity, folder: Path, device: str, report: Report) -> Held
     residual_size = table.raw["residual_size"]
     split = split_held(calibration, recipe, checkpoint, residual_size, table.raw["calibration"]["num_held"])
     report("measuring as a whole", 0, 1)
-    return hold(load_model(checkpoint, target, DTYPES[table.raw["dtype"]]), split.held, residual_size)
+    return hold(load_model(checkpoint, target, table.raw["dtype"]), split.held, residual_size)
 
 
 def _solve(options: SearchOptions, table: Sensitivity, items: Sequence[Item]) -> Solution:
@@ -212,7 +215,7 @@ def _solve(options: SearchOptions, table: Sensitivity, items: Sequence[Item]) ->
 def _find(
     options: SearchOptions,
     table: Sensitivity,
-    items: Sequence[Item],
+    compared: Sequence[Mapping[str, Any]],
     solution: Solution,
     held: Held | None,
     report: Report,
@@ -232,15 +235,14 @@ def _find(
         kl_together=together,
         num_units={bits: widths.count(bits) for bits in sorted(set(widths))},
     )
-    _write(options, table, items, solution, found)
+    _write(options, table, compared, solution, found)
     return found
 
 
 def _measure_curve(
-    table: Sensitivity, items: Sequence[Item], curve: Mapping[str, Any], held: Held, report: Report
+    table: Sensitivity, points: Sequence[Solution], curve: Mapping[str, Any], held: Held, report: Report
 ) -> None:
     """Measure some points of the curve as a whole, in place, evenly spread from the second to the last."""
-    points = list(walk(items, table.fixed_bytes))
     number = min(NUM_CHECKED, len(points) - 1)
     chosen = {round(1 + n * (len(points) - 2) / max(1, number - 1)) for n in range(number)}
     for done, index in enumerate(sorted(chosen)):
@@ -254,7 +256,13 @@ def _bits(solution: Solution) -> dict[str, int]:
     return {name: one.bits for name, one in solution.choices.items() if one.bits != DENSE_BITS}
 
 
-def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], solution: Solution, found: Found) -> None:
+def _write(
+    options: SearchOptions,
+    table: Sensitivity,
+    compared: Sequence[Mapping[str, Any]],
+    solution: Solution,
+    found: Found,
+) -> None:
     """Write the recipe, and hold it against the choice before it gets its name."""
     assert options.out is not None
     config = S2Config.load(table.folder)
@@ -272,7 +280,7 @@ def _write(options: SearchOptions, table: Sensitivity, items: Sequence[Item], so
         verdicts,
         origin,
         source_from(table.raw["recipe"]["calibration_source"], table.folder, options.out, options.source),
-        evidence(goal, table, items, found, origin, options.target_kl is not None),
+        evidence(goal, table, found, compared, origin, options.target_kl is not None),
     )
     with atomic_file(options.out) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -37,7 +37,6 @@ from s2quant.recipe import BITS, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
 from s2quant.runtime.load import device_name, load_model, parse_device
-from s2quant.runtime.speak import DTYPES
 from s2quant.search.damage import Held, held_sequences, hold, measure_model
 from s2quant.search.store import link_candidates, load_record
 from s2quant.search.table import SCHEMA_VERSION, check_pandas, load_sensitivity, write_csv
@@ -138,7 +137,7 @@ def measure_sensitivity(
         if is_new:  # nothing is finished, so there is nothing to resume
             shutil.rmtree(folder)
         raise
-    model = load_model(checkpoint, device, DTYPES[options.dtype])
+    model = load_model(checkpoint, device, options.dtype)
     held = hold(model, split.held, residual_size)
     floor = _floor(options, checkpoint, held, device)
     job = Job(

@@ -12,8 +12,8 @@ Source: Sinha and Zoltners, The multiple-choice knapsack problem, Operations Res
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from s2quant.errors import UserError
@@ -129,10 +129,10 @@ def walk(items: Sequence[Item], fixed_bytes: int) -> Iterator[Solution]:
         Solutions that are the best at their size; the bound is their own damage.
     """
     chosen, steps = _start(items)
-    yield _solution(chosen, fixed_bytes, None)
+    yield _solution(chosen, fixed_bytes)
     for step in steps:
         chosen[step.name] = step.after
-        yield _solution(chosen, fixed_bytes, None)
+        yield _solution(chosen, fixed_bytes)
 
 
 def _start(items: Sequence[Item]) -> tuple[dict[str, Choice], list[Step]]:
@@ -145,14 +145,17 @@ def _start(items: Sequence[Item]) -> tuple[dict[str, Choice], list[Step]]:
     return {name: choices[0] for name, choices in hulls.items()}, sorted(steps, key=lambda step: step.order)
 
 
-def _solution(chosen: Mapping[str, Choice], fixed_bytes: int, bound: float | None) -> Solution:
-    damage = math.fsum(choice.damage for choice in chosen.values())
-    return Solution(
-        choices=dict(chosen),
-        num_bytes=fixed_bytes + sum(choice.num_bytes for choice in chosen.values()),
-        damage=damage,
-        bound=damage if bound is None else bound,
-    )
+def _solution(chosen: Mapping[str, Choice], fixed_bytes: int) -> Solution:
+    damage = _damage(chosen)
+    return Solution(choices=dict(chosen), num_bytes=fixed_bytes + _size(chosen), damage=damage, bound=damage)
+
+
+def _size(chosen: Mapping[str, Choice]) -> int:
+    return sum(choice.num_bytes for choice in chosen.values())
+
+
+def _damage(chosen: Mapping[str, Choice]) -> float:
+    return math.fsum(choice.damage for choice in chosen.values())
 
 
 def least_damage(items: Sequence[Item], fixed_bytes: int, budget: int) -> Solution:
@@ -170,13 +173,12 @@ def least_damage(items: Sequence[Item], fixed_bytes: int, budget: int) -> Soluti
         UserError: Nothing is that small.
     """
     chosen, steps = _start(items)
-    size = fixed_bytes + sum(choice.num_bytes for choice in chosen.values())
-    bound = 0.0
+    size = fixed_bytes + _size(chosen)
+    bound = None
     for step in steps:
         if size <= budget:
             break
-        before = math.fsum(choice.damage for choice in chosen.values())
-        bound = before + step.damage * min(1.0, (size - budget) / step.saved)
+        bound = _damage(chosen) + step.damage * min(1.0, (size - budget) / step.saved)
         chosen[step.name] = step.after
         size -= step.saved
     if size > budget:
@@ -185,25 +187,9 @@ def least_damage(items: Sequence[Item], fixed_bytes: int, budget: int) -> Soluti
             f"at least {size:,} bytes: every linear at its smallest, and {fixed_bytes:,} bytes that stay as they are",
             "raise --budget, or measure fewer bits",
         )
-    _fill(items, chosen, budget - size)
-    found = _solution(chosen, fixed_bytes, None)
-    return _solution(chosen, fixed_bytes, min(bound, found.damage) if bound else found.damage)
-
-
-def _fill(items: Sequence[Item], chosen: dict[str, Choice], spare: int) -> None:
-    """Spend spare bytes, in place, always on the choice that takes away most damage."""
-    while True:
-        better = [
-            (choice.damage - chosen[item.name].damage, item.name, choice.num_bytes, choice)
-            for item in items
-            for choice in item.choices
-            if choice.damage < chosen[item.name].damage and choice.num_bytes - chosen[item.name].num_bytes <= spare
-        ]
-        if not better:
-            return
-        _, name, size, choice = min(better, key=lambda one: one[:3])
-        spare -= size - chosen[name].num_bytes
-        chosen[name] = choice
+    _spend(items, chosen, budget - fixed_bytes, cost=lambda choice: choice.num_bytes, goal=lambda choice: choice.damage)
+    found = _solution(chosen, fixed_bytes)
+    return found if bound is None else replace(found, bound=min(bound, found.damage))
 
 
 def least_size(items: Sequence[Item], fixed_bytes: int, target: float) -> Solution:
@@ -221,7 +207,7 @@ def least_size(items: Sequence[Item], fixed_bytes: int, target: float) -> Soluti
         UserError: Nothing is that harmless.
     """
     chosen, steps = _start(items)
-    damage = math.fsum(choice.damage for choice in chosen.values())
+    damage = _damage(chosen)
     if damage > target:
         raise UserError(
             f"a target of {target:g} nats per frame",
@@ -230,29 +216,44 @@ def least_size(items: Sequence[Item], fixed_bytes: int, target: float) -> Soluti
         )
     bound: float | None = None
     for step in steps:
-        after = dict(chosen) | {step.name: step.after}
-        total = math.fsum(choice.damage for choice in after.values())
+        after = chosen | {step.name: step.after}
+        total = _damage(after)
         if total > target:
-            size = fixed_bytes + sum(choice.num_bytes for choice in chosen.values())
-            bound = size - step.saved * (target - damage) / step.damage
+            bound = fixed_bytes + _size(chosen) - step.saved * (target - damage) / step.damage
             break
         chosen, damage = after, total
-    _shrink(items, chosen, target)
-    found = _solution(chosen, fixed_bytes, None)
-    return _solution(chosen, fixed_bytes, float(found.num_bytes) if bound is None else bound)
+    _spend(items, chosen, target, cost=lambda choice: choice.damage, goal=lambda choice: choice.num_bytes)
+    found = _solution(chosen, fixed_bytes)
+    return replace(found, bound=float(found.num_bytes) if bound is None else bound)
 
 
-def _shrink(items: Sequence[Item], chosen: dict[str, Choice], target: float) -> None:
-    """Spend spare damage, in place, always on the choice that saves most bytes."""
+def _spend(
+    items: Sequence[Item],
+    chosen: dict[str, Choice],
+    limit: float,
+    *,
+    cost: Callable[[Choice], float],
+    goal: Callable[[Choice], float],
+) -> None:
+    """Change choices, in place, while their cost in all stays within the limit: always what brings the goal down most.
+
+    Args:
+        items: The units.
+        chosen: The choice of each.
+        limit: The most that all choices may cost.
+        cost: What a choice takes of the limit: bytes of a budget, or damage of a target.
+        goal: What is to become small: the other one.
+    """
     while True:
-        spare = target - math.fsum(choice.damage for choice in chosen.values())
-        smaller = [
-            (choice.num_bytes - chosen[item.name].num_bytes, item.name, choice.damage, choice)
+        spare = limit - math.fsum(cost(choice) for choice in chosen.values())
+        better = [
+            (goal(choice) - goal(now), item.name, cost(choice), choice)
             for item in items
+            for now in [chosen[item.name]]
             for choice in item.choices
-            if choice.num_bytes < chosen[item.name].num_bytes and choice.damage - chosen[item.name].damage <= spare
+            if goal(choice) < goal(now) and cost(choice) - cost(now) <= spare
         ]
-        if not smaller:
+        if not better:
             return
-        _, name, _, choice = min(smaller, key=lambda one: one[:3])
+        _, name, _, choice = min(better, key=lambda one: one[:3])
         chosen[name] = choice

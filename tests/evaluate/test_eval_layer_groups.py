@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from run_cases import run, write_suite
-from token_cases import pooled, quantized
+from token_cases import pooled, quantized, token_metrics
 
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.cli import main
@@ -17,7 +17,6 @@ from s2quant.errors import UserError
 from s2quant.evaluate.layer_groups import count_quantized, group_arms, make_groups, swapped
 from s2quant.evaluate.token_cache import Arm, measure_arms
 from s2quant.evaluate.token_summary import summarise_groups
-from s2quant.evaluate.tokens import token_metrics
 
 FIELDS = ("kl", "agree", "delta_nll", "end_model", "residual_kl", "residual_agree", "shared_kl")
 

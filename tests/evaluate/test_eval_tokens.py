@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from token_cases import pooled, quantized
+from token_cases import pooled, quantized, token_metrics
 
 from s2quant.errors import UserError
 from s2quant.evaluate import token_cache, tokens
@@ -18,7 +18,6 @@ from s2quant.evaluate.tokens import (
     TokenSequence,
     teacher_forced,
     token_damage,
-    token_metrics,
 )
 from s2quant.runtime.load import load_model
 from s2quant.runtime.speech import Request
@@ -276,7 +275,7 @@ def test_models_of_different_sizes_are_refused(baseline, sequences, size):
     forced = teacher_forced(baseline, sequences[0], size)
     narrow = dataclasses.replace(forced, hidden=forced.hidden[:, :64])
     with pytest.raises(UserError, match="two models of the same sizes"):
-        token_damage(narrow, baseline, sequences[0], size)
+        token_damage(narrow, forced, baseline, sequences[0], size)
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

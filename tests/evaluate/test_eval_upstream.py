@@ -78,7 +78,7 @@ def checkout(tmp_path):
 
 def measured(checkout, folder, **changes):
     options = {"num_frames": 9, "repeats": 2, "device": "cpu", "dtype": "float32", "frame_s": 0.05}
-    upstream = Upstream(checkout=checkout, **changes)
+    upstream = Upstream(checkout=checkout, **({"positions": 4096} | changes))
     return measure_upstream(upstream, folder, torch.zeros(11, 30, dtype=torch.int64), **options)
 
 
@@ -129,10 +129,10 @@ def test_what_it_said_last_is_shown(checkout, tiny_folder):
 
 def test_what_cannot_be_measured_is_refused(checkout, tiny_folder, tiny_quantized, tmp_path):
     with pytest.raises(UserError, match="a checkout of fish-speech 2"):
-        check_upstream(Upstream(checkout=tmp_path), tiny_folder, 10)
+        check_upstream(Upstream(checkout=tmp_path, positions=100), tiny_folder, 10)
     folder = checkout()
     with pytest.raises(UserError, match="is quantized"):
-        check_upstream(Upstream(checkout=folder), tiny_quantized, 10)
+        check_upstream(Upstream(checkout=folder, positions=100), tiny_quantized, 10)
     with pytest.raises(UserError, match="100 or more"):
         check_upstream(Upstream(checkout=folder, positions=99), tiny_folder, 100)
     check_upstream(Upstream(checkout=folder, positions=100), tiny_folder, 100)

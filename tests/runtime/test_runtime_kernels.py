@@ -10,10 +10,11 @@ import sys
 import pytest
 import runtime_cases as cases
 import torch
+from layout_cases import matrix_of
 from torch.nn import functional as F
 
 from s2quant.layers import apply_rotary, rotary_table
-from s2quant.runtime.kernels.layout import pack, pair, unpack
+from s2quant.runtime.kernels.layout import pack, pair
 from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic
 from s2quant.sampling import Sampling
 
@@ -60,7 +61,7 @@ def weight_of(kind, out_features, in_features, gated, group_size=32):
     )
     second = type(second)(**{**vars(second), "g_idx": first.g_idx})
     packed = [pack(part.to(DEVICE)) for part in (first, second)]
-    matrices = [unpack(part) for part in packed][: 2 if gated else 1]
+    matrices = [matrix_of(part) for part in packed][: 2 if gated else 1]
     rows = out_features * (2 if gated else 1)
     if kind != "bf16":
         return Weight.of(pair(*packed) if gated else packed[0], gated), matrices
@@ -327,7 +328,7 @@ def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows(bits):
 
     weight = cases.quantized_weight(40, 128, bits=bits, seed=4).to(DEVICE)
     packed = pack(weight)
-    assert relative(dequantize(packed), unpack(packed)) < 6e-3
+    assert relative(dequantize(packed), matrix_of(packed)) < 6e-3
     linear = make_linear(weight, torch.bfloat16, "triton")
     assert linear.backend == "triton"
     exact = weight.dequantize().double()

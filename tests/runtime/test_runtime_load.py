@@ -99,6 +99,21 @@ def test_a_device_that_is_not_there(tiny_folder, monkeypatch):
         parse_device("cuda:2")
 
 
+def test_a_dtype_is_torch_s_or_its_name(tiny_folder):
+    named, known = load_model(tiny_folder, dtype="float32"), load_model(tiny_folder, dtype=torch.float32)
+    assert {p.dtype for p in named.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), known.parameters(), strict=True))
+    assert {p.dtype for p in load_engine(tiny_folder, dtype="bfloat16").model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["float8", "torch.float32", "", None, torch.int8], ids=str)
+def test_dtypes_that_are_none(tiny_folder, dtype, monkeypatch):
+    monkeypatch.setattr("s2quant.runtime.engine.open_checkpoint", lambda path: pytest.fail("read before it is refused"))
+    for load in (load_model, load_engine):
+        with pytest.raises(UserError, match=rf"dtype {dtype!r}[\s\S]*one of bfloat16, float32[\s\S]*do: correct"):
+            load(tiny_folder, dtype=dtype)
+
+
 def test_the_cpu_has_a_name():
     assert device_name(parse_device("cpu")).startswith("cpu, ")
 

@@ -179,10 +179,10 @@ REQUESTS = [Request(text=f"Hello {n}.", seed=n, max_frames=12, ignore_end=True) 
 @pytest.mark.parametrize(
     ("kind", "owner", "name", "number"),
     [
-        ("plain", Decoder, "__init__", 1),
+        ("plain", Decoder, "__init__", None),
         ("plain", Decoder, "prefill", 2),
         ("plain", Decoder, "step", 5),
-        ("fast", FastDecoder, "__init__", 1),
+        ("fast", FastDecoder, "__init__", None),
         ("fast", FastDecoder, "begin", 3),
         ("fast", FastDecoder, "replay", 5),
     ],
@@ -191,18 +191,25 @@ def test_a_lack_of_memory_while_speaking(tiny_folder, monkeypatch, kind, owner, 
     engine = load_engine(tiny_folder, dtype=torch.float32, num_slots=3, decoder=kind)
     fresh = {speech.index: speech.codes for speech in engine.generate(REQUESTS)}
     engine.release()
-    alive = weakref.WeakSet()
+    alive, made, init = weakref.WeakSet(), [], owner.__init__
+
+    def noted(self, *args, **more):
+        init(self, *args, **more)
+        alive.add(self)
+        made.append(len(alive))
+        if name == "__init__":  # its tensors are there when it fails
+            lack()
+
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, nth(number, getattr(owner, name)))
-        make = engine_module.FastDecoder if kind == "fast" else engine_module.Decoder
         if name != "__init__":
-            noted = lambda *a, **k: (alive.add(made := make(*a, **k)), made)[1]  # noqa: E731
-            patch.setattr(engine_module, make.__name__, noted)
+            patch.setattr(owner, name, nth(number, getattr(owner, name)))
+        patch.setattr(owner, "__init__", noted)
         with pytest.raises(OutOfMemory, match=r"Tried to allocate 5\.00 GiB\. \(while speaking, up to 3") as caught:
             list(engine.generate(REQUESTS))
     assert "much more to say" not in str(caught.value) and "the engine can go on" in caught.value.todo
     assert engine._idle is None and len(engine.prefixes) == 0
     gc.collect()
+    assert made == [1]
     assert not alive  # although the error is still held here
     again = {speech.index: speech.codes for speech in engine.generate(REQUESTS)}
     assert all(torch.equal(again[n], fresh[n]) for n in fresh)

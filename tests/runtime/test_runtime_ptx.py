@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import runtime_cases as cases
 import torch
+from layout_cases import matrix_of
 from ptx_machine import LANES, Warp
 
-from s2quant.runtime.kernels.layout import first_outputs, layout_obstacle, pack, pair, unpack
+from s2quant.runtime.kernels.layout import first_outputs, layout_obstacle, pack, pair
 from s2quant.runtime.kernels.ptx import STEP, Body, ask, exchange, multiply, num_registers, num_values, reduce
 
 
@@ -78,7 +79,7 @@ def test_packed_weights(bits, group_size, in_features, warps, depth, tiles, colu
     scales = packed.scales.to(dtype)
     x = x_of(columns, in_features)
     ours = product(body, packed.words, scales, x, 1, steps, 0)
-    matrix = unpack(type(packed)(**{**vars(packed), "scales": scales}))[16:]
+    matrix = matrix_of(type(packed)(**{**vars(packed), "scales": scales}))[16:]
     exact = matrix.double() @ x.double().T
     assert (ours - exact).abs().max() < 2e-5 * exact.abs().max()
 
@@ -157,7 +158,7 @@ def test_the_layout_holds_the_weight(bits, out_features, in_features, group_size
     if bits == 8:
         weight.codes[:2, :256] = torch.arange(in_features).to(torch.uint8)[:256]  # every code there is
     packed = pack(weight)
-    assert torch.equal(unpack(packed), weight.dequantize()[:, packed.order])
+    assert torch.equal(matrix_of(packed), weight.dequantize()[:, packed.order])
     inverse = torch.empty_like(packed.order)
     inverse[packed.order] = torch.arange(in_features)
     assert torch.equal(packed.place.long(), inverse)
@@ -174,9 +175,9 @@ def test_a_pair_holds_eight_outputs_of_each(bits, out_features):
     first, second = (cases.quantized_weight(out_features, 256, bits=bits, seed=seed) for seed in (1, 2))
     second = type(second)(**{**vars(second), "g_idx": first.g_idx})
     both = [pack(weight) for weight in (first, second)]
-    found = unpack(pair(*both)).unflatten(0, (-1, 2, 8))
+    found = matrix_of(pair(*both)).unflatten(0, (-1, 2, 8))
     for part, one in zip(found.unbind(1), both, strict=True):
-        assert torch.equal(part.flatten(0, 1), unpack(one))
+        assert torch.equal(part.flatten(0, 1), matrix_of(one))
 
 
 @pytest.mark.parametrize("kind", ["w4", "w8", "bf16"])
@@ -185,7 +186,7 @@ def test_a_pair_holds_eight_outputs_of_each(bits, out_features):
 def test_only_rows_that_exist_are_read(kind, in_features, warps, depth, rows):
     weight = cases.quantized_weight(16, in_features, bits=8 if kind == "w8" else 4)
     packed, steps = pack(weight), wanted_steps(in_features, kind, warps)
-    matrix = unpack(packed).bfloat16()
+    matrix = matrix_of(packed).bfloat16()
     first, second = (matrix, matrix[8:]) if kind == "bf16" else (packed.words, packed.scales)
     body = Body(
         kind=kind, in_features=in_features, depth=min(depth, steps), num_steps=steps, live_rows=True,
@@ -194,7 +195,7 @@ def test_only_rows_that_exist_are_read(kind, in_features, warps, depth, rows):
     x = x_of(1, in_features)
     x[rows:] = float("nan")
     ours = product(body, first, second, x, 0, steps, 16 * in_features, rows)
-    exact = (matrix if kind == "bf16" else unpack(packed)).double() @ x[:rows].double().T
+    exact = (matrix if kind == "bf16" else matrix_of(packed)).double() @ x[:rows].double().T
     assert (ours[:, :rows] - exact).abs().max() < 2e-5 * exact.abs().max()
     assert not ours[:, rows:].any()
 
@@ -213,7 +214,7 @@ def test_eight_bits_are_exact(code):
 
 def test_the_first_outputs_alone():
     packed = pack(cases.quantized_weight(64, 256, bits=8, seed=5))
-    assert torch.equal(unpack(first_outputs(packed, 32)), unpack(packed)[:32])
+    assert torch.equal(matrix_of(first_outputs(packed, 32)), matrix_of(packed)[:32])
 
 
 def test_what_the_layout_cannot_hold_is_named():

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import yaml
 from folder_cases import REPOSITORY
+from token_cases import token_metrics
 
 from s2quant.checkpoint.reader import open_checkpoint
-from s2quant.evaluate.tokens import TokenDamage, TokenSequence, token_metrics
+from s2quant.evaluate.tokens import TokenDamage, TokenSequence
 from s2quant.model import DualAR
 from s2quant.search.sensitivity import SensitivityOptions, measure_sensitivity
 

@@ -35,7 +35,7 @@ from s2quant.quantize.plan import make_plan
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import load_recipe
 from s2quant.runtime.load import load_model
-from s2quant.search.damage import held_sequences, hold, summarise
+from s2quant.search.damage import held_sequences, hold, measure_model, summarise
 from s2quant.search.store import link_candidates
 from s2quant.search.table import load_sensitivity
 from s2quant.search.units import find_units
@@ -145,6 +145,19 @@ def test_the_unchanged_model_has_no_damage(measured: Path, tiny_folder: Path) ->
             assert (found["kl"], found["hidden_error"], found["num_not_finite"]) == (0, 0, 0), (block, part)
         if block < 4:
             held.advance()
+
+
+def test_another_model_reads_every_sequence_once(
+    measured: Path, tiny_folder: Path, tiny_quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = spoken(measured, tiny_folder)
+    baseline, model = (load_model(folder, dtype=torch.float32) for folder in (tiny_folder, tiny_quantized))
+    held = hold(baseline, sequences, 1024)
+    forward, read = model.slow.forward_hidden, []
+    monkeypatch.setattr(model.slow, "forward_hidden", lambda tokens: read.append(tokens.shape[2]) or forward(tokens))
+    found = measure_model(held, model)
+    assert read == [one.tokens.shape[1] for one in sequences]
+    assert found["hidden_error"] == pytest.approx(hidden_error(baseline, model, sequences), rel=1e-6)
 
 
 def test_a_stopped_run_ends_with_the_same_bytes(measured: Path, tiny_folder: Path, tmp_path: Path) -> None:

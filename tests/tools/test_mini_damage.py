@@ -13,9 +13,9 @@ import torch
 import yaml
 from mini import damage, damage_report
 from mini.speech import SAMPLE_RATE
+from token_cases import token_metrics
 
 from s2quant.errors import UserError
-from s2quant.evaluate.tokens import token_metrics
 from s2quant.recipe import BITS, METHODS, load_recipe
 from s2quant.runtime.load import load_model
 
@@ -46,11 +46,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options(model: Path, folder: Path, **more: Any) -> damage.Options:
     values: dict[str, Any] = {
-        "recipe": REPOSITORY / "recipes" / "tiny-w4a16.yaml", "clips": 2, "seeds": (0,), "bits": (2, 4),
+        "recipe": REPOSITORY / "recipes" / "tiny-w4a16.yaml", "limit": 2, "seeds": (0,), "bits": (2, 4),
         "max_frames": 16, "num_sequences": 6, "dtype": "float32", "num_slots": 4,
     }  # fmt: skip
     return damage.Options(
-        model=model, recognizer=folder / "none.pt", out=folder / "out", report=folder / "report", **(values | more)
+        model=model, asr_model=folder / "none.pt", out=folder / "out", report=folder / "report", **(values | more)
     )
 
 
@@ -87,7 +87,7 @@ def test_the_whole_run_its_order_and_what_is_kept(tiny_folder: Path, tmp_path: P
     assert kl["gptq-4"] == pytest.approx(float(np.concatenate([one.kl for one in direct]).mean()), rel=1e-5)
     # again: nothing is made anew; one clip more: only that one is
     assert damage.run(options(tiny_folder, tmp_path, layer_groups=2)) == found and Deaf.heard == 2 * 6
-    assert damage.run(options(tiny_folder, tmp_path, clips=3))["arms"]["gptq-4"]["num_clips"] == 3
+    assert damage.run(options(tiny_folder, tmp_path, limit=3))["arms"]["gptq-4"]["num_clips"] == 3
     spoken = {
         path.parent.parent.name: path.read_text("utf-8") for path in (tmp_path / "out").glob("speech/*/work/clips-*")
     }
@@ -128,7 +128,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_made(tiny_folder: Pat
     ):
         with pytest.raises(UserError, match=text):
             damage.run(options(tiny_folder, tmp_path, **more))
-    words = ["--model", str(tmp_path / "absent"), "--recognizer", "x", "--out", str(tmp_path / "out")]
+    words = ["--model", str(tmp_path / "absent"), "--asr-model", "x", "--out", str(tmp_path / "out")]
     assert damage.main(words) == 2
     assert not (tmp_path / "out" / "checkpoints").exists() and not (tmp_path / "report").exists()
 

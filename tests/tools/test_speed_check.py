@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture
 def check(tmp_path):
-    from tools.speed_check import PARTS, Check
+    from tools.speed.check import PARTS, Check
 
     options = argparse.Namespace(
         out=tmp_path, only=list(PARTS), size="tiny", device="cpu", seconds=100.0, how="best", go_on=False, preload=[]
@@ -21,7 +21,7 @@ def check(tmp_path):
 
 
 def test_every_part_is_bounded_and_what_one_leaves_goes_to_the_others(check):
-    from tools.speed_check import PARTS, SHARES, WHOLE_S
+    from tools.speed.check import PARTS, SHARES, WHOLE_S
 
     assert sum(SHARES.values()) <= WHOLE_S <= 300
     for part in PARTS:
@@ -50,7 +50,8 @@ def test_a_failure_is_kept_beside_what_was_known(check):
 
 
 def test_variants_leave_out_one_thing_each(check):
-    from tools.speed_check import as_first, variants_of
+    from tools.speed.check import as_first
+    from tools.speed.parts import variants_of
 
     ways = variants_of(check)
     assert len(set(ways.values())) == len(ways) and ways["all"] == check.how

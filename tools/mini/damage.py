@@ -1,7 +1,7 @@
 """Damage shows: s2-mini at 2, 3, 4 and 8 bits, by round-to-nearest and by GPTQ, in token metrics and in words.
 
-    python tools/mini/damage.py --model models/s2-mini --recognizer models/whisper-mini/whisper-mini.pt --out DIR
-        [--report reports/NAME] [--clips 200] [--seeds 0,1,2] [--bits 2,3,4,8] [--methods rtn,gptq] [--pocketsphinx]
+    python tools/mini/damage.py --model models/s2-mini --asr-model models/whisper-mini/whisper-mini.pt --out DIR
+        [--report reports/NAME] [--limit 200] [--seeds 0,1,2] [--bits 2,3,4,8] [--methods rtn,gptq] [--pocketsphinx]
         [--layer-groups N] [--device cpu]
 
 Recipes are recipes/s2-mini-w4a16.yaml with another method and other bits. Held-out sentences are spoken in four voices
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ if __name__ == "__main__":
     sys.path[:0] = [str(root), str(root / "tools")]
 
 import soundfile
-import torch
 import yaml
+from checkpoint_jobs import add_options, quantize, say
 
 from mini import grammar, judge, speech
 from mini.damage_report import Arm, Clips, compose, write
 from mini.speech import SAMPLE_RATE, VOICES, Line
 from s2quant.checkpoint.config import S2Config
 from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.cli.common import numbers
 from s2quant.errors import UserError
 from s2quant.evaluate.asr import load_asr
 from s2quant.evaluate.generate import generate
@@ -50,17 +52,17 @@ from s2quant.evaluate.score import Backends, make_records, transcribe
 from s2quant.evaluate.store import Store
 from s2quant.evaluate.token_cache import floor_dtype, folder_arm, measure_arms
 from s2quant.evaluate.token_summary import summarise_groups
-from s2quant.export.quantized import QuantizeOptions, partial_folder, quantize_checkpoint
+from s2quant.export.quantized import QuantizeOptions
 from s2quant.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from s2quant.quantize.plan import make_plan as quantize_plan
 from s2quant.recipe import load_recipe
 from s2quant.records import folder_hashes, manifest
 from s2quant.runtime.engine import load_engine
-from s2quant.runtime.load import device_name, parse_device
+from s2quant.runtime.load import device_name, parse_device, parse_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "s2-mini-w4a16.yaml"
-NUM_TEXTS = 600  # in the suite; --clips takes the first of them
+NUM_TEXTS = 600  # in the suite; --limit takes the first of them
 REFERENCES = 4  # recordings of each voice
 BASELINE = "bf16"
 
@@ -70,12 +72,12 @@ class Options:
     """What to compare, and how."""
 
     model: Path
-    recognizer: Path
+    asr_model: Path
     out: Path
     report: Path
     recipe: Path = RECIPE
     flite: Path = speech.LIBRARIES
-    clips: int = 200
+    limit: int = 200
     seeds: tuple[int, ...] = (0, 1, 2)
     bits: tuple[int, ...] = (2, 3, 4, 8)
     methods: tuple[str, ...] = ("rtn", "gptq")
@@ -86,12 +88,6 @@ class Options:
     num_slots: int = 8
     device: str = "cpu"
     dtype: str = "bfloat16"
-
-
-def say(phase: str, done: int = 0, total: int = 0) -> None:
-    """Tell of progress, a line per phase and per tenth of it."""
-    if total < 2 or done in (1, total) or done * 10 // total != (done - 1) * 10 // total:
-        print(f"{datetime.now(UTC):%H:%M:%S} {phase}" + (f" {done}/{total}" if total > 1 else ""), flush=True)
 
 
 # ---- what is spoken ------------------------------------------------------------------------------------------------
@@ -122,7 +118,7 @@ def write_suite(options: Options) -> Path:
             "sampling": {"temperature": 0.8, "top_p": 0.8, "top_k": 30},
             "max_frames": options.max_frames,
             "metrics": ["wer", "failures", "tokens"],
-            "asr": {"kind": "whisper", "model": str(options.recognizer.resolve())},
+            "asr": {"kind": "whisper", "model": str(options.asr_model.resolve())},
             "normalizer": "whisper-english",
             "similarity": {"kind": "resemblyzer"},
         }
@@ -134,10 +130,10 @@ def load_plan(options: Options) -> EvalPlan:
     """Cut the suite to the clips and seeds that are wanted."""
     chosen = EvalOptions(
         suite=write_suite(options), model=options.model, baseline=options.model, out=options.out,
-        limit=options.clips, seeds=options.seeds,
+        limit=options.limit, seeds=options.seeds,
     )  # fmt: skip
     plan = make_plan(chosen)
-    if len(plan.utterances) < options.clips or plan.suite.max_frames != options.max_frames:
+    if len(plan.utterances) < options.limit or plan.suite.max_frames != options.max_frames:
         have = f"{len(plan.suite.utterances)} sentences of {plan.suite.max_frames} frames at most"
         raise UserError(f"{chosen.suite} has {have}", "the clips and frames that are asked for", "name another --out")
     return plan
@@ -172,23 +168,19 @@ def write_recipes(options: Options, config: S2Config) -> dict[str, Path]:
     return paths
 
 
-def quantize(options: Options, recipe: Path) -> Path:
-    """Make a checkpoint, or take the one that is there if it was made of the same."""
-    out = options.out / "checkpoints" / recipe.stem
-    say(f"checkpoint {out.name}")
-    quantize_checkpoint(
+def make_checkpoint(options: Options, recipe: Path) -> Path:
+    """Make a recipe's checkpoint, or take the one that is there."""
+    return quantize(
         QuantizeOptions(
             recipe=recipe,
             model=options.model,
-            out=out,
+            out=options.out / "checkpoints" / recipe.stem,
             device=options.device,
             calibration=options.out / "calibration.safetensors",
-            resume=out.exists() or partial_folder(out).exists(),
             num_sequences=options.num_sequences,
             num_slots=options.num_slots,
         )
     )
-    return out
 
 
 # ---- speaking and listening ----------------------------------------------------------------------------------------
@@ -214,10 +206,10 @@ def open_store(options: Options, plan: EvalPlan, name: str, folder: Path) -> Sto
 def listen(options: Options, plan: EvalPlan, name: str, folder: Path, listeners: Mapping[str, Callable]) -> Clips:
     """Speak a plan by one checkpoint and write down what is heard."""
     store = open_store(options, plan, name, folder)
-    dtype, ranks = getattr(torch, options.dtype), Ranks()
+    ranks = Ranks()
 
     def load() -> Any:
-        return load_engine(folder, options.device, dtype, "reference", options.num_slots)
+        return load_engine(folder, options.device, options.dtype, "reference", options.num_slots)
 
     generate(plan, {"baseline" if "baseline" in plan.arms else "model": load}, store, ranks, say)
     records = {}
@@ -229,7 +221,7 @@ def listen(options: Options, plan: EvalPlan, name: str, folder: Path, listeners:
 
 def load_listeners(options: Options) -> dict[str, Callable]:
     """Name the recognizers, and say how each is loaded."""
-    loaders: list[Callable] = [lambda: load_asr("whisper", options.recognizer, options.device)]
+    loaders: list[Callable] = [lambda: load_asr("whisper", options.asr_model, options.device)]
     if options.pocketsphinx:
         path = options.out / "suite" / "grammar.arpa"
         if not path.exists():
@@ -245,7 +237,7 @@ def measure_tokens(
     options: Options, plan: EvalPlan, store: Store, folders: Mapping[str, Path]
 ) -> tuple[dict[str, list], dict[str, list[dict[str, Any]]]]:
     """Measure every checkpoint on what the bf16 model spoke; by groups of layers too, if that is wanted."""
-    dtype, cache = getattr(torch, options.dtype), options.out / "tokens"
+    dtype, cache = parse_dtype(options.dtype), options.out / "tokens"
     sequences, size = read_sequences(plan, store), residual_size(options.model)
     if not sequences:
         raise UserError(f"{options.model} spoke not one frame", "a model that speaks", "train it, or take another one")
@@ -278,7 +270,7 @@ def run(options: Options) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     recipes = write_recipes(options, config)
     plan, listeners = load_plan(options), load_listeners(options)
-    folders = {name: quantize(options, recipe) for name, recipe in recipes.items()}
+    folders = {name: make_checkpoint(options, recipe) for name, recipe in recipes.items()}
     own = replace(plan, arms=("baseline", "floor"))
     clips = {BASELINE: listen(options, own, BASELINE, options.model, listeners)}
     for name, folder in folders.items():
@@ -304,29 +296,22 @@ def run(options: Options) -> dict[str, Any]:
     return result
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "recognizer", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    add_options(parser)
+    parser.add_argument("--asr-model", type=Path, required=True, help="the recognizer")
+    parser.add_argument("--out", type=Path, required=True, help="all that is made on the way, kept")
     today = f"{datetime.now(UTC):%Y-%m-%d}-s2-mini-damage"
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / today)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--flite", type=Path, default=speech.LIBRARIES)
-    parser.add_argument("--clips", type=int, default=200, help="sentences, each spoken with every seed")
-    parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2))
-    parser.add_argument("--bits", type=_numbers, default=(2, 3, 4, 8))
+    parser.add_argument("--limit", type=int, default=200, help="the first N sentences, each spoken with every seed")
+    parser.add_argument("--bits", type=partial(numbers, "--bits"), default=(2, 3, 4, 8))
     parser.add_argument("--methods", type=lambda text: tuple(text.split(",")), default=("rtn", "gptq"))
     parser.add_argument("--pocketsphinx", action="store_true", help="a second recognizer, that knows other speech too")
     parser.add_argument("--layer-groups", type=int, help="token damage of groups of layers too")
-    parser.add_argument("--num-sequences", type=int, help="of calibration, instead of the recipe's number")
     parser.add_argument("--max-frames", type=int, default=320)
-    parser.add_argument("--num-slots", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.set_defaults(seeds=(0, 1, 2))
     try:
         run(Options(**vars(parser.parse_args(words))))
     except UserError as error:

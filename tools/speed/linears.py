@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.kernels.launch import EARLY, How
-from s2quant.runtime.kernels.layout import pack, pair, unpack
+from s2quant.runtime.kernels.layout import pack, pair
 from s2quant.runtime.kernels.linear import columns_for, linear, padded_rows
 from s2quant.runtime.kernels.shapes import candidates, key_of, rule, shape_for
 from s2quant.runtime.kernels.weights import Shape, Then, Weight
@@ -93,11 +93,12 @@ def make(case: Case, device: torch.device) -> Made:
     rows = case.out_features // halves
     if case.kind != "bf16":
         sizes = (rows, case.in_features, case.group_size, device, 4 if case.kind == "w4" else 8)
-        quantized = [random_quantized(*sizes) for _ in range(halves)]
-        shared = quantized[0].g_idx
-        packed = [pack(QuantizedWeight(**{**vars(part), "g_idx": shared})) for part in quantized]
+        drawn = [random_quantized(*sizes) for _ in range(halves)]
+        quantized = [QuantizedWeight(**{**vars(part), "g_idx": drawn[0].g_idx}) for part in drawn]
+        packed = [pack(part) for part in quantized]
+        order = slice(None) if packed[0].order is None else packed[0].order
         weight = Weight.of(pair(*packed) if case.gated else packed[0], case.gated)
-        return Made(weight=weight, matrices=[unpack(part) for part in packed])
+        return Made(weight=weight, matrices=[part.dequantize()[:, order] for part in quantized])
     padded = -(-rows // 16) * 16
     matrices = [torch.randn(padded, case.in_features, device=device) / case.in_features**0.5 for _ in range(halves)]
     stored = [matrix.bfloat16() for matrix in matrices]

@@ -1,0 +1,263 @@
+"""The parts of `tools/speed_check.py`, each a function of the run that it writes into."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2quant.checkpoint.config import S2Config
+from s2quant.export.random import s2_pro_config, tiny_config
+from s2quant.runtime.kernels import shapes
+from s2quant.runtime.kernels.linear import columns_for
+from tools.speed import frames, linears, others
+from tools.speed.check import Check, as_first
+from tools.speed.timing import bandwidth, card_state
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCHES = {"s2-pro": (1, 8, 32, 64), "tiny": (1,)}
+MODELS = {
+    "s2-pro": {"w4a16": "s2-pro-w4a16", "bf16": None, "fast8": "s2-pro-w4a16-fast8", "w8a16": "s2-pro-w8a16"},
+    "tiny": {"w4a16": "tiny-w4a16", "bf16": None, "fast8": "tiny-w4a16-fast8"},
+}
+ROWS = {"s2-pro": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 9)}
+TUNED_ROWS = {"s2-pro": (1, 64, 32, 16), "tiny": (1,)}
+LIMITS = {"out": 6e-3, "hidden": 1e-5, "squares": 1e-5}  # bf16 rounding of the result; float32 sums
+
+
+def config_of(size: str) -> Any:
+    """Give the configuration of a size; the tiny one is one that the kernels take."""
+    if size == "s2-pro":
+        return S2Config.from_json(s2_pro_config())
+    raw = tiny_config()
+    raw["text_config"] |= {"intermediate_size": 256}
+    raw["audio_decoder_config"] |= {"intermediate_size": 256, "n_layer": 1}
+    return S2Config.from_json(raw)
+
+
+def sizes_of(config: Any) -> dict[str, int]:
+    """Give the sizes that the linears have."""
+    slow = config.slow
+    return {
+        "dim": slow.dim,
+        "qkv": slow.qkv_dim,
+        "heads": slow.n_head * slow.head_dim,
+        "middle": slow.intermediate_size,
+        "semantic": config.semantic_end_id - config.semantic_begin_id + 1,
+        "residual": min(1024, config.codebook_size),
+    }
+
+
+def bandwidth_part(check: Check) -> None:
+    check.facts["bandwidth"] = bandwidth(check.device, 8 << 30 if check.cuda else 1 << 22)
+    check.facts["card"] = card_state() if check.cuda else None
+    check.say(f"{check.facts['bandwidth']} {check.facts['card']}")
+
+
+def compile_part(check: Check) -> None:
+    """Compile what the parts after it launch, in parallel; on a GPU only."""
+    if not check.cuda:
+        return
+    columns = {(columns_for(rows), rows < 8): rows for rows in ROWS[check.size]}.values()  # what kernels differ by
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
+    sizes = (480, min(1024, config_of(check.size).codebook_size))
+    for name in MODELS[check.size]:
+        batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
+        for batch in batches:
+            wanted += frames.listed(model_of(check, name), batch, *sizes, check.how)
+    for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 8)):
+        for how in variants_of(check).values():
+            wanted += frames.listed(model_of(check, name), batch, *sizes, how)
+    wanted = list(dict.fromkeys(wanted))
+    check.say(f"{len(wanted)} kernels to compile")
+    failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.deadline)
+    check.facts["compiled"] = {"wanted": len(wanted), "not": len(failed)}
+
+
+def kernels_part(check: Check) -> None:
+    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    right = wrong = 0
+    for name, found in check.items("kernels", list(cases)):
+        for rows in ROWS[check.size]:
+            torch.manual_seed(rows)
+            row: dict[str, Any] = {"case": name, "rows": rows, "right": False}
+            case = cases[name]
+            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, check.how)})  # noqa: B023
+            row["right"] = all(value <= LIMITS[key] for key, value in row.get("errors", {"out": 9.0}).items())
+            right, wrong = right + row["right"], wrong + (not row["right"])
+            if not row["right"]:
+                check.say(f"WRONG {row}")
+            found.append(row)
+    check.say(f"{right} of {right + wrong} products right")
+    if wrong and check.how.flat:  # so that what follows is measured on kernels that are right
+        check.how = as_first(check.how)
+        check.facts["kernels_wrong"] = [row for row in check.facts["kernels"] if not row.get("right", True)]
+        check.facts["fell_back"] = f"{wrong} products wrong: launched as at first from here on"
+        check.say(check.facts["fell_back"])
+        kernels_part(check)
+
+
+def tune_part(check: Check) -> None:
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    pairs = {f"{case.kind} {case.name} M={rows}": (case, rows) for rows in TUNED_ROWS[check.size] for case in cases}
+    left_out: set[linears.Job] = set()
+    if check.cuda:
+        wanted = [job for case, rows in pairs.values() for job in linears.jobs(case, rows, True, check.how)]
+        half = time.perf_counter() + 0.5 * (check.deadline - time.perf_counter())
+        left_out = linears.compile_all(wanted, min(14, os.cpu_count() or 1), half)
+        check.say(f"{len(wanted)} shapes compiled, {len(left_out)} not")
+    speed = check.facts.get("bandwidth", {}).get("read_bytes_per_s", 4.3e12)
+    for name, found in check.items("tune", list(pairs)):
+        case, rows = pairs[name]
+        row: dict[str, Any] = {"case": f"{case.kind} {case.name}"}
+        check.tried(row, lambda: linears.tune(case, rows, check.device, check.deadline, check.how, left_out))  # noqa: B023
+        if "failed" not in row:
+            shapes.TUNED[tuple(row["key"])] = row.pop("best")
+            check.say(
+                f"{name:20} {row['us']:6.1f} us (rule {row['us_rule'] or 0:6.1f}, floor "
+                f"{1e6 * row['bytes'] / speed:5.1f}) {row['shape']} tried {row['tried'][:4]}"
+            )
+        found.append(row)
+        done = [row for row in found if "key" in row]
+        (check.options.out / "tuned.py").write_text(linears.table(done, check.facts["device"]))
+
+
+def linears_part(check: Check) -> None:
+    if not check.cuda:
+        return
+    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    for name, found in check.items("linears", list(cases)):
+        case = cases[name]
+        made = linears.make(case, check.device)
+        weights = linears.copies(made.weight)
+        theirs = others.libraries(case, check.device)
+        for rows in (1, 8, 32, 64):
+            row: dict[str, Any] = {"case": name, "rows": rows, "bytes": made.weight.num_bytes}
+            shape = shapes.shape_for(made.weight, columns_for(rows), check.how.narrow)
+            timed: dict[str, Callable[[], float]] = {
+                "ours": lambda: linears.seconds_of(case, weights, rows, shape, check.device, check.how),  # noqa: B023
+                "cublas": lambda: linears.cublas_seconds(case, made, rows, check.device),  # noqa: B023
+            }
+            if case.kind == "w4" and rows <= 8:
+                timed["tinygemm"] = lambda: linears.tinygemm_seconds(case, rows, check.device)  # noqa: B023
+            timed |= {key: lambda work=work: work(rows) for key, work in theirs.items()}  # type: ignore[misc]  # noqa: B023
+            for key, work in timed.items():
+                if time.perf_counter() < check.deadline:
+                    check.tried(row, lambda: {f"{key}_us": 1e6 * work()})  # noqa: B023
+            found.append(row)
+            check.say(str({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}))
+
+
+def model_of(check: Check, name: str) -> Any:
+    """Make a model once."""
+    if name in check.models:
+        return check.models[name]
+    recipe = MODELS[check.size][name]
+    if recipe is None:
+        check.models[name] = frames.random_model(config_of(check.size), check.device)
+        check.say("bf16 model made")
+    else:
+        path = ROOT / "recipes" / f"{recipe}.yaml"
+        made, count = frames.quantized_model(model_of(check, "bf16"), path, "triton", check.device)
+        check.models[name] = made
+        check.facts.setdefault("models", {})[name] = count
+        check.say(f"{name} model made: {count}")
+    return check.models[name]
+
+
+def variants_of(check: Check) -> dict[str, Any]:
+    """List the ways to launch: all that makes it faster, each of it left out, and none of it."""
+    how = check.how
+    names = [name for name, value in vars(how).items() if value is True]
+    found = {f"without {name}": replace(how, **{name: False}) for name in names}
+    found |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)}
+    return {"all": how, "as first": as_first(how), **found}
+
+
+def frames_part(check: Check) -> None:
+    residual = min(1024, config_of(check.size).codebook_size)
+    position = 480 if check.big else 40
+    wanted = [(name, batch, True) for batch in BATCHES[check.size] for name in ("w4a16", "bf16")]
+    wanted += [(name, batch, True) for batch in (1, 64)[: 2 if check.big else 1] for name in ("fast8", "w8a16")]
+    wanted = [job for job in wanted if job[0] in MODELS[check.size]]
+    if check.cuda:
+        wanted += [("bf16", 1, False), ("bf16", 32, False)]
+    named = {f"{name} batch {batch}{'' if fused else ' plain'}": (name, batch, fused) for name, batch, fused in wanted}
+    for title, found in check.items("frames", list(named)):
+        name, batch, fused = named[title]
+        model = model_of(check, name)
+        row: dict[str, Any] = {"model": name, "batch": batch}
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, check.how))  # noqa: B023
+        found.append(row)
+        check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
+
+
+def variants_part(check: Check) -> None:
+    """Time frames launched in other ways, in turns, so that a card that slows down slows them all."""
+    residual = min(1024, config_of(check.size).codebook_size)
+    position = 480 if check.big else 40
+    ways = variants_of(check)
+    jobs = [("w4a16", 1), ("bf16", 1), ("w4a16", 8)][: 3 if check.big else 1]
+    if not check.cuda:
+        ways = {name: ways[name] for name in ("as first",)}
+    named = {f"{name} batch {batch}, {way}": (name, batch, way) for name, batch in jobs for way in ways}
+    for title, found in check.items("variants", list(named)):
+        name, batch, way = named[title]
+        model = model_of(check, name)
+        row: dict[str, Any] = {"model": name, "batch": batch, "how": way}
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, True, ways[way]))  # noqa: B023
+        found.append(row)
+        check.say(f"{title}: {row.get('ms', 0):.3f} ms")
+
+
+def exact_part(check: Check) -> None:
+    residual = min(1024, config_of(check.size).codebook_size)
+    names = [name for name in ("bf16", "w4a16", "fast8") if name in MODELS[check.size]]
+    prompt, forced, position, drawn = (40, 200, 300, 20) if check.big else (12, 2, 20, 1)
+
+    def replayed(name: str, batch: int) -> dict[str, Any]:
+        return frames.graph_is_eager(model_of(check, name), batch, position, residual, drawn)
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "teacher_forced": lambda: frames.exactness(
+            {name: model_of(check, name) for name in names}, prompt, forced, residual
+        ),
+        "graph_w4a16": lambda: replayed("w4a16", 8 if check.big else 2),
+        "graph_bf16": lambda: replayed("bf16", 3),
+    }
+    for name, found in check.items("exact", list(parts)):
+        found.append(check.tried({"check": name}, parts[name]))
+        check.say(f"{name}: {json.dumps(found[-1])}")
+
+
+def profile_part(check: Check) -> None:
+    if not check.cuda:
+        return
+    jobs = {f"{name} batch {batch}": (name, batch) for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 64))}
+    for title, found in check.items("profile", list(jobs)):
+        name, batch = jobs[title]
+        table = frames.profiled(model_of(check, name), batch, check.how)
+        found.append({"frame": title, "kernels": table})
+        check.say(f"{title}: kernel, launches per frame, us per frame")
+        for key, count, total in table:
+            print(f"    {key:60} {count:6.0f} {total:9.1f}  ({total / max(count, 1):6.2f} each)", flush=True)
+
+
+WORK: dict[str, Callable[[Check], None]] = {
+    "bandwidth": bandwidth_part,
+    "compile": compile_part,
+    "kernels": kernels_part,
+    "exact": exact_part,
+    "frames": frames_part,
+    "variants": variants_part,
+    "tune": tune_part,
+    "profile": profile_part,
+    "linears": linears_part,
+}
