@@ -17,6 +17,7 @@ class How:
 
     Args:
         early: Whether a kernel may start before the one before it has ended (programmatic dependent launch).
+        early_dense: Whether bf16 products do, too.
         live_rows: Whether up to 8 rows of x are read as far as they exist, not all eight.
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
         narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
@@ -27,6 +28,7 @@ class How:
     """
 
     early: bool = False
+    early_dense: bool = True
     live_rows: bool = True
     loads_first: bool = True
     narrow: bool = True
