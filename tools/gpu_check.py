@@ -137,7 +137,7 @@ def main() -> int:
     facts: dict[str, Any] = {
         "device": device_name(parse_device(options.device)),
         "host": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "commit": git_commit() or options.commit,
+        "commit": options.commit or git_commit(),
         "versions": versions(),
         "size": options.size,
         "recipe": recipe.name,

@@ -43,6 +43,9 @@ CONFIG = CodecConfig(
 )
 SCALES = ((2048, 160), (1024, 80), (512, 40), (256, 20), (128, 10))  # window, mel bands
 FLOOR = 1e-4  # -80 dB of full scale: below it the mel loss sees silence
+LOW_HZ, LOW_WINDOWS, LOW_WEIGHT = 2500, (4096, 2048), 1.0
+PITCH_HZ, PITCH_BINS, PITCH_WEIGHT = (60.0, 350.0), 48, 1.0
+BENT = 0.26  # half of the rows are played faster or slower, by at most exp(0.26): pitches beyond the voices' own
 RESTART_EVERY, USAGE_DECAY = 50, 0.98
 PHONE_WEIGHT = 4.0
 RESTART_SHARE = 1 / 32  # of a codebook's entries, at most, at a time
@@ -86,6 +89,70 @@ class MelLoss(nn.Module):
         """Both [B, S]."""
         losses = [(self.mel(heard, w) - self.mel(target, w)).abs().mean() for w, _ in SCALES]
         return torch.stack(losses).mean()
+
+
+class LowBands(nn.Module):
+    """Mean absolute difference of log10 amplitudes of the bins in which harmonics lie apart.
+
+    Mel bands leave harmonics to few of their bands; by these alone, every voice was given one pitch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for window in LOW_WINDOWS:
+            hann = torch.hann_window(window)
+            self.register_buffer(f"window{window}", 2 * hann / hann.sum(), persistent=False)
+
+    def forward(self, heard: Tensor, target: Tensor) -> Tensor:
+        """Both [B, S]."""
+        losses = []
+        for window in LOW_WINDOWS:
+            hann, bins = getattr(self, f"window{window}"), int(LOW_HZ * window / CODEC_RATE)
+            logs = []
+            for wav in (heard, target):
+                spectrum = torch.stft(wav, window, window // 4, window=hann, return_complex=True)[:, :bins]
+                power = spectrum.real.square() + spectrum.imag.square()
+                logs.append(((power + 1e-12).sqrt() + FLOOR).log10())
+            losses.append((logs[0] - logs[1]).abs().mean())
+        return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def pitch_labels(wav: Tensor) -> tuple[Tensor, Tensor]:
+    """Pitch of each frame by autocorrelation: wav [B, 1, F * 2048] -> bins int64 [B, F], voiced bool [B, F].
+
+    Windows of 70 ms at a quarter of the rate; a short lag wins over its multiples.
+    """
+    rate, frame, window = CODEC_RATE // 4, FRAME_SIZE // 4, 768
+    low = functional.avg_pool1d(wav, 4)[:, 0]
+    side = (window - frame) // 2
+    frames = functional.pad(low, (side, side)).unfold(1, window, frame)  # [B, F, window]
+    frames = frames - frames.mean(-1, keepdim=True)
+    spectrum = torch.fft.rfft(frames, 2048)
+    products = torch.fft.irfft(spectrum.real.square() + spectrum.imag.square(), 2048)[..., :window]
+    lags = torch.arange(int(rate / PITCH_HZ[1]), int(rate / PITCH_HZ[0]), device=wav.device)
+    energy = products[..., :1]
+    likeness = products[..., lags] / (energy + 1e-9) * (window / (window - lags))
+    best, index = (likeness * (1 - 0.001 * lags)).max(-1)
+    place = (lags[index].float() / lags[0]).log2() / math.log2(PITCH_HZ[1] / PITCH_HZ[0])
+    bins = (place * PITCH_BINS).long().clamp(0, PITCH_BINS - 1)
+    return bins, (best > 0.5) & (energy[..., 0] / window > 0.01**2)
+
+
+class PitchClassifier(nn.Module):
+    """Guess the pitch of a frame from its latent."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(latent_dim, 256), nn.GELU(), nn.Linear(256, PITCH_BINS))
+
+    def forward(self, latent: Tensor, wav: Tensor) -> Tensor:
+        """latent [B, D, F], wav [B, 1, S] -> cross-entropy over the voiced frames."""
+        bins, voiced = pitch_labels(wav)
+        loss = functional.cross_entropy(
+            self.layers(latent.transpose(1, 2)).flatten(0, 1), bins.flatten(), reduction="none"
+        )
+        return (loss * voiced.flatten()).sum() / voiced.sum().clamp(min=1)
 
 
 class PhoneClassifier(nn.Module):
@@ -154,14 +221,16 @@ class Trainer:
         torch.manual_seed(seed)
         self.device, self.log, self.rows, self.row_frames = device, log, rows, row_frames
         self.codec = codec_from_state(random_codec_state(config, seed)).to(device).train()
-        self.mel = MelLoss().to(device)
+        self.mel, self.low = MelLoss().to(device), LowBands().to(device)
         self.phones = PhoneClassifier(config.codebook_dim).to(device)
+        self.pitch = PitchClassifier(config.latent_dim).to(device)
         self.codec.requires_grad_(True)
         quantizer = self.codec.quantizer
         self.books = [quantizer.semantic_quantizer.quantizers[0], *quantizer.quantizer.quantizers]
         for book in self.books:
             book.codebook.weight.requires_grad_(False)
-        self.parameters = [p for p in (*self.codec.parameters(), *self.phones.parameters()) if p.requires_grad]
+        learning = (self.codec, self.phones, self.pitch)
+        self.parameters = [p for module in learning for p in module.parameters() if p.requires_grad]
         self.rate = torch.tensor(0.0, device=device)
         cuda = device != "cpu"
         self.optimizer = torch.optim.AdamW(
@@ -187,34 +256,35 @@ class Trainer:
         self.optimizer.step()
         return norm
 
+    def _sound(self, latent: Tensor, wav: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is lost of the sound wav [B, 1, S] in latent [B, D, F]: the sum to minimise, and its parts."""
+        heard, target = self.decode(latent)[:, 0].float(), wav[:, 0]
+        parts = {"mel": self.mel(heard, target), "low": self.low(heard, target), "pitch": self.pitch(latent, wav)}
+        total = 15 * (parts["mel"] + LOW_WEIGHT * parts["low"]) + PITCH_WEIGHT * parts["pitch"]
+        return total, {name: value.detach() for name, value in parts.items()}
+
     def plain_step(self, wav: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Without quantizing: wav [B, 1, S], labels int64 [B, F, 4]."""
         latent = self.encode(wav)
-        mel = self.mel(self.decode(latent)[:, 0].float(), wav[:, 0])
+        lost, parts = self._sound(latent, wav)
         book = self.codec.quantizer.semantic_quantizer.quantizers[0]
         phone, accuracy = self.phones(book.in_proj(latent), labels)
-        norm = self._update(15 * mel + PHONE_WEIGHT * phone)
-        return {
-            "mel": mel.detach(),
-            "phone": phone.detach(),
-            "accuracy": accuracy,
-            "norm": norm,
-            "latent": latent.detach(),
-        }
+        norm = self._update(lost + PHONE_WEIGHT * phone)
+        return parts | {"phone": phone.detach(), "accuracy": accuracy, "norm": norm, "latent": latent.detach()}
 
     def step(self, wav: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """With codebooks: wav [B, 1, S], labels int64 [B, F, 4]."""
         q = self.quantize(self.encode(wav))
-        mel = self.mel(self.decode(q.latent)[:, 0].float(), wav[:, 0])
+        lost, parts = self._sound(q.latent, wav)
         point = q.projected[:, 0] + (q.rows[:, 0] - q.projected[:, 0]).detach()
         phone, accuracy = self.phones(point, labels)
         scale = q.rows.detach().square().mean(dim=(0, 2, 3), keepdim=True) + 1e-6  # each codebook counts the same
         commitment = ((q.rows.detach() - q.projected).square() / scale).mean()
-        norm = self._update(15 * mel + PHONE_WEIGHT * phone + 0.5 * commitment)
+        norm = self._update(lost + PHONE_WEIGHT * phone + 0.5 * commitment)
         self.follow(q.codes, q.projected.detach())
-        return {
-            "mel": mel.detach(), "phone": phone.detach(), "accuracy": accuracy, "norm": norm,
-            "commitment": commitment.detach(), "length": scale.max().sqrt(), "projected": q.projected.detach(),
+        return parts | {
+            "phone": phone.detach(), "accuracy": accuracy, "norm": norm, "commitment": commitment.detach(),
+            "length": scale.max().sqrt(), "projected": q.projected.detach(),
         }  # fmt: skip
 
     @torch.no_grad()
@@ -269,10 +339,17 @@ class Trainer:
 
     def draw(self, sound: Tensor, labels: Tensor, starts: np.ndarray) -> dict[str, Tensor]:
         """Rows that begin at random utterances, from sound int16 [all F, 2048] and labels uint8 [all F, 4]."""
-        starts = starts[starts <= len(sound) - self.row_frames]
-        first = torch.from_numpy(self.random.choice(starts, self.rows)).to(self.device)
-        index = first[:, None] + torch.arange(self.row_frames, device=self.device)
-        return {"wav": sound[index].flatten(1)[:, None].float() / 32768, "labels": labels[index].long()}
+        starts = starts[starts <= len(sound) - math.ceil(self.row_frames * math.exp(BENT)) - 1]
+        first = torch.from_numpy(self.random.choice(starts, self.rows)).to(self.device)[:, None]
+        speeds = np.exp(self.random.uniform(-BENT, BENT, self.rows) * (self.random.random(self.rows) < 0.5))
+        speed = torch.from_numpy(speeds).to(self.device)[:, None]
+        place = torch.arange(self.row_frames * FRAME_SIZE, device=self.device) * speed
+        before = place.long()
+        flat, at = sound.flatten(), first * FRAME_SIZE + before
+        wav = torch.lerp(flat[at].float(), flat[at + 1].float(), (place - before).float()) / 32768
+        quarters = torch.arange(self.row_frames * labels.shape[1], device=self.device) + 0.5
+        heard = labels.flatten()[first * labels.shape[1] + (quarters * speed).long()].long()
+        return {"wav": wav[:, None], "labels": heard.view(self.rows, self.row_frames, -1)}
 
     def give_up_compiling(self) -> None:
         """Use the functions as they are."""
@@ -312,7 +389,9 @@ class Trainer:
                 restarts += self.restart_unused(out["projected"])
             if budget.steps % 100 == 0:
                 shown = {
-                    name: float(out[name]) for name in ("mel", "phone", "accuracy", "norm", "length") if name in out
+                    name: float(out[name])
+                    for name in ("mel", "low", "pitch", "phone", "accuracy", "norm", "length")
+                    if name in out
                 }
                 self.log(
                     "train",
