@@ -1,6 +1,6 @@
 """From nothing to s2-mini and whisper-mini: data, recognizer, codec and Dual-AR side by side on one GPU.
 
-    python3 tools/mini/train.py --out OUT [--flite DIR] [--total 572] [--seed 0]
+    python3 tools/mini/train.py --out OUT [--flite DIR] [--total 900] [--seed 0]
 
 Every part is a process of its own and waits for the file it needs; times are seconds since the start, so a slower
 machine trains less but ends in time. What is finished is copied to OUT at once and then again when it is better:
@@ -39,11 +39,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("/tmp/s2-mini-work"))
     parser.add_argument("--flite", type=Path, default=Path("/usr/lib/x86_64-linux-gnu"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--total", type=float, default=572, help="seconds for everything")
+    parser.add_argument("--total", type=float, default=900, help="seconds for everything, the judge at the end included")
     parser.add_argument("--recognizer-until", type=float, default=175)
-    parser.add_argument("--codec-until", type=float, default=285)
-    parser.add_argument("--dual-until", type=float, default=515)
-    parser.add_argument("--round-trip-seconds", type=float, default=50)
+    parser.add_argument("--codec-until", type=float, default=290)
+    parser.add_argument("--dual-until", type=float, default=572)
+    parser.add_argument("--round-trip-seconds", type=float, default=90)
     parser.add_argument("--dual-compile-at", type=float, default=95, help="not before the data is spoken")
     parser.add_argument("--count", type=int, default=30000, help="training utterances")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 4) - 3))
