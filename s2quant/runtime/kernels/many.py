@@ -11,8 +11,8 @@ the tensor cores read it themselves; the weight is the first matrix of the produ
 A packed weight is read in its layout (`s2quant.runtime.kernels.layout`) and becomes bf16 in registers: code times
 scale, rounded once, the same numbers as `s2quant.runtime.kernels.dequantize` gives to a prefill. The two outputs and
 the inputs whose codes share a word are products of their own, so that unpacking is the same for a whole tensor and no
-element changes its thread. Each of these products wants its inputs of x side by side: `place_many` says where whoever
-makes x has to write them.
+element changes its thread. Each of these products wants its inputs of x side by side: `layout.arranged` is the order in
+which whoever makes x has to write them.
 
 What follows a product is what follows it in the kernel of few rows. Where there are too few blocks of outputs to keep a
 GPU busy, the inputs are split too, and a second, small kernel adds the parts up, always in the same order.
@@ -20,7 +20,6 @@ GPU busy, the inputs are split too, and a second, small kernel adds the parts up
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +28,22 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, begin, early_options, wait
-from s2quant.runtime.kernels.ptx import TILE
-from s2quant.runtime.kernels.weights import Then, Weight
+from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
 
 CHUNK = 512  # outputs that a program of `finish_kernel` adds up
-STEPS = {"w4": 128, "w8": 128, "bf16": 64}  # inputs of a turn of the loop
 MOST_SQUARES = 32  # partial sums of squares that are read at a time
+
+
+def rows_of(num_rows: int) -> int:
+    """Say how many rows of x a program takes.
+
+    Args:
+        num_rows: M.
+
+    Returns:
+        32 or 64.
+    """
+    return 32 if num_rows <= 32 else 64
 
 
 @triton.jit
@@ -68,7 +77,9 @@ def bits_into(raw, MASK: tl.constexpr, WITH: tl.constexpr, DEVICE: tl.constexpr)
 
 
 @triton.jit
-def unpacked(words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, DEVICE: tl.constexpr):
+def unpacked(
+    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, DEVICE: tl.constexpr
+):  # fmt: skip
     """Unpack the codes that begin at bit AT: words [T, 64 BITS], scale [T, 8, G] -> bf16 [8 T, 8 BITS]."""
     INPUTS: tl.constexpr = 8 * BITS
     TOP: tl.constexpr = 16 if BITS == 4 else 15  # the code's lowest bit in the fraction of a float32
@@ -86,6 +97,9 @@ def unpacked(words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.const
         wide = tl.permute(tl.reshape(wide, (T, 4, 8, 4, 2, 2)), (0, 2, 1, 4, 3, 5))  # tile g q s t n
     wide = tl.reshape(wide, (T, 8, GROUPS, INPUTS // GROUPS))
     values = wide * scale[:, :, :, None] - middle[:, :, :, None]  # all exact up to here
+    if not DEVICE:  # the interpreter only cuts off
+        raw = values.to(tl.int32, bitcast=True)
+        values = ((raw + 0x7FFF + ((raw >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return tl.reshape(values.to(tl.bfloat16), (8 * T, INPUTS))
 
 
@@ -222,3 +236,97 @@ def finish_kernel(
     total = put(y, index, rows, num_rows, num_outputs, place, norm, hidden, out, RESIDUAL, PLACED)
     if RESIDUAL:
         tl.store(squares_out + rows * tl.num_programs(1) + tl.program_id(1), total)
+
+
+def num_blocks(weight: Weight, block: Block) -> int:
+    """Count the programs that share out the outputs.
+
+    Args:
+        weight: The weight.
+        block: How it is cut up.
+
+    Returns:
+        Blocks of outputs.
+    """
+    return -(-weight.num_tiles // block.tiles)
+
+
+def many(
+    weight: Weight,
+    x: Tensor,
+    num_rows: int,
+    then: Then,
+    block: Block,
+    how: How = PATIENT,
+    launch: bool = True,
+    parts: Tensor | None = None,
+) -> None:
+    """Multiply, and do what comes after.
+
+    Args:
+        weight: The weight.
+        x: bfloat16 [M rounded up to whole programs, or more; K], contiguous, inputs as `layout.arranged` puts them;
+            finite everywhere.
+        num_rows: M.
+        then: What is done with the product; its tensors have M rows or more.
+        block: How to cut it up.
+        how: How to launch it.
+        launch: Whether to launch it, not only to compile it.
+        parts: float32, room for splits M N numbers; None: made here.
+    """
+    rows = rows_of(num_rows)
+    row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
+    assert x.shape[0] >= row_blocks * rows and x.shape[1] == weight.in_features and x.is_contiguous(), x.shape
+    assert block.splits == 1 or then.epilogue != "gate", block
+    outputs = then.out.shape[1]
+    second = weight.first if weight.second is None else weight.second
+    packed = weight.kind != "bf16"
+    if block.splits > 1:
+        size = block.splits * num_rows * outputs
+        parts = torch.empty(size, device=x.device) if parts is None else parts
+        assert parts.numel() >= size and parts.dtype == torch.float32, (parts.shape, size)
+    tensors = [
+        x if tensor is None else tensor
+        for tensor in (then.place, then.squares_in, then.norm, then.hidden, then.out, then.squares_out)
+    ]
+    sizes = (num_rows, outputs, 1 if then.squares_in is None else then.squares_in.shape[1], then.eps)
+    early = early_options(how.early and (how.early_dense or packed))
+    shared = {
+        "K": weight.in_features,
+        "SPLITS": block.splits,
+        "SCALED": then.squares_in is not None,
+        "PLACED": then.place is not None,
+        "MOST": MOST_SQUARES,
+        "DEVICE": not INTERPRETED,
+    }
+    _start(many_kernel, (row_blocks, blocks, block.splits), launch)(
+        *(weight.first, second.view(torch.int32) if packed else second, x, *tensors, x if parts is None else parts),
+        *sizes,
+        KIND=weight.kind,
+        BF16=second.dtype == torch.bfloat16,
+        GROUPS=128 // weight.group_size,
+        GATED=weight.gated and not packed,
+        STEP=TURN[weight.kind],
+        TILES=weight.num_tiles,
+        T=block.tiles,
+        ROWS=rows,
+        STAGES=block.stages,
+        EPILOGUE=then.epilogue,
+        **shared,
+        num_warps=block.warps,
+        **early,
+    )
+    if block.splits > 1:
+        _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
+            *(parts, *tensors, *sizes),
+            CHUNK=CHUNK,
+            RESIDUAL=then.epilogue == "residual",
+            **shared,
+            num_warps=4,
+            **early_options(how.early),
+        )
+
+
+def _start(kernel: Any, grid: tuple[int, ...], launch: bool) -> Any:
+    """Give what launches a kernel, or only compiles it."""
+    return kernel[grid] if launch else lambda *values, **options: kernel.warmup(*values, grid=grid, **options)
