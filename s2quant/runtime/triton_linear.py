@@ -2,9 +2,8 @@
 
 Legend: M rows of x, N out_features, K in_features.
 
-Up to 64 rows read the codes as they are (`s2quant.runtime.kernels.choice`); more rows make a bf16 weight for a moment and
-multiply with that. Triton is
-imported when the first such linear is made: it is no dependency of a CPU.
+Up to 64 rows read the codes as they are (`s2quant.runtime.kernels.choice`); more rows make a bf16 weight for a moment
+and multiply with that. Triton is imported when the first such linear is made: it is no dependency of a CPU.
 """
 
 from __future__ import annotations

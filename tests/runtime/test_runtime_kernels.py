@@ -332,7 +332,7 @@ def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows(bits):
     linear = make_linear(weight, torch.bfloat16, "triton")
     assert linear.backend == "triton"
     exact = weight.dequantize().double()
-    for rows in (0, 1, 5, 65):
+    for rows in (0, 1, 5, 20, 65):
         x = randn(rows, 128, seed=rows).bfloat16().to(DEVICE)
         y = linear(x[None])
         assert y.shape == (1, rows, 40) and y.dtype == torch.bfloat16

@@ -24,8 +24,8 @@ class How:
             find room beside them.
         flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
             and whether a short context's attention has a warp per head.
-        many_rows: Whether many rows have a kernel of their own (`s2quant.runtime.kernels.choice`), and whether programs of
-            the attention take longer stretches where there are many.
+        many_rows: Whether many rows have a kernel of their own (`s2quant.runtime.kernels.choice`), and programs of the
+            attention longer stretches where there are many.
         attention_warps: Warps of the attention over a long context.
     """
 

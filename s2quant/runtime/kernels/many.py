@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201, ANN202 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
 """Linears of many rows: blocks of outputs times all rows of x, by Triton's own dot.
 
 Legend: M rows of x, N outputs, K inputs, T tiles of 16 outputs, G groups of a step of 128 inputs, S splits.
