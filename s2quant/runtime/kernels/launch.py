@@ -24,8 +24,8 @@ class How:
             find room beside them.
         flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
             and whether a short context's attention has a warp per head.
-        many_rows: Whether many rows have a kernel of their own (`s2quant.runtime.kernels.choice`), and programs of the
-            attention longer stretches where there are many.
+        many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
+        long_stretches: Whether programs of the attention have longer stretches of the context where there are many rows.
         attention_warps: Warps of the attention over a long context.
     """
 
@@ -36,6 +36,7 @@ class How:
     narrow: bool = True
     flat: bool = True
     many_rows: bool = True
+    long_stretches: bool = True
     attention_warps: int = 4
 
 
