@@ -283,6 +283,19 @@ def exactness(models: dict[str, DualAR], prompt: int, frames: int, residual: int
     return found
 
 
+def many_slots(models: dict[str, DualAR], prompt: int, frames: int, residual: int, slots: int) -> dict[str, Any]:
+    """Compare a slot of many, over forced frames, with the plain decoder of the same model."""
+    found: dict[str, Any] = {"slots": slots, "frames": frames}
+    for name, model in models.items():
+        tokens = forced_tokens(model.config, prompt, frames)
+        plain, hidden = plain_logits(model, tokens, prompt)
+        fused, drawn, last = fused_logits(model, tokens, prompt, residual, slots)
+        plain_last = fast_last_logits(model, hidden, drawn[:, 1:].to(fused.device), residual)
+        found[f"{name}_fused_vs_plain"] = _compared(plain, plain, fused)
+        found[f"{name}_last_codebook_fused_vs_plain"] = _compared(plain_last, plain_last, last)
+    return found
+
+
 def _compared(exact: Tensor, plain: Tensor, fused: Tensor) -> dict[str, float]:
     def error(logits: Tensor) -> float:
         return float((logits - exact).square().mean().sqrt() / exact.square().mean().sqrt())

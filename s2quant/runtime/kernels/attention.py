@@ -7,8 +7,9 @@ Legend: B rows, H query heads, KV key/value heads, h head width, S splits of the
 A program has one row, one key/value head and one stretch of the context. How long the stretches are depends on the
 row's position alone, which is read on the device: one launch serves every length, programs without a stretch leave at
 once, and a row's result does not depend on its neighbours. Only their number counts: where rows alone keep a GPU busy,
-stretches are longer (`least_stretch`), because a program takes its time before its first key and after its last. The program that holds the new position writes it into the
-cache. The last one to finish, whichever it is, joins the parts in their order, so the result is the same every time.
+stretches are longer (`least_stretch`), because a program takes its time before its first key and after its last. The
+program that holds the new position writes it into the cache. The last one to finish, whichever it is, joins the parts
+in their order, so the result is the same every time.
 
 What no kernel of the frame changes before its last is read before waiting for the kernel before: norms, orders, and the
 position with its rotary row. Keys and values are not: the Fast AR's are written by kernels that may still be at work.

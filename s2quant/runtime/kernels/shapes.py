@@ -154,5 +154,7 @@ def block_candidates(weight: Weight) -> list[Block]:
     for tiles, programs in product((8, 16), (0, 132, PROGRAMS, 264)):
         by_rule = block_rule(weight, tiles, programs)
         found += [replace(by_rule, stages=by_rule.stages + more) for more in (0, 1)]
-    found += [replace(start, warps=8), replace(start, stages=start.stages - 1)]
+    found.append(replace(start, stages=start.stages - 1))
+    if weight.kind == "bf16" and not weight.gated:  # 128 outputs are of one product
+        found.append(replace(start, warps=8))
     return list(dict.fromkeys(found))
