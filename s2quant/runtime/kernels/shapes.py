@@ -151,10 +151,9 @@ def block_candidates(weight: Weight) -> list[Block]:
     """
     start = block_rule(weight)
     found = [start]
-    for tiles, programs in product((8, 16), (0, 132, PROGRAMS, 264)):
-        by_rule = block_rule(weight, tiles, programs)
-        found += [replace(by_rule, stages=by_rule.stages + more) for more in (0, 1)]
-    found.append(replace(start, stages=start.stages - 1))
+    for programs, tiles in product((PROGRAMS, 132, 264), (8, 16)):
+        found.append(block_rule(weight, tiles, programs))
+    found += [replace(start, stages=start.stages + more) for more in (1, -1)]
     if weight.kind == "bf16" and not weight.gated:  # 128 outputs are of one product
         found.append(replace(start, warps=8))
     return list(dict.fromkeys(found))
