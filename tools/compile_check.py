@@ -1,15 +1,18 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,32,64] [--layers 1]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
-kernels with their launch options, shared memory and compile time; exit status 1 if one does not compile. For another
+kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
+serialized products; exit status 1 if one does not compile. For another
 Triton: `pip install --no-deps --target DIR triton==3.6.0` and `PYTHONPATH=DIR`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+SAID = ("KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",
@@ -42,6 +46,19 @@ rules:
   - quantize: text_model.model.layers.*.feed_forward.{w1,w3,w2}
 calibration: {source: none.jsonl}
 """
+
+
+def assembled(ptx: str) -> str:
+    """Ask ptxas for registers and spills."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(ptxas), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    words = [f"{registers.group(1)} registers" if registers else "", f"{spilled.group(1)} spilled" if spilled else ""]
+    return ", ".join([*words, *(["wgmma serialized"] if "are serialized" in said else [])])
 
 
 class Compiler:
@@ -81,12 +98,16 @@ class Compiler:
             return
         self.found[key] = ""
         seconds = time.perf_counter() - started
-        print(f"{kernel.__name__} {options}: {made.metadata.shared} bytes shared, {seconds:.1f} s", flush=True)
+        about = ", ".join(
+            str(constants[n,]) for n, p in enumerate(kernel.params) if p.name in SAID and (n,) in constants
+        )
+        said = f"{made.metadata.shared} bytes shared, {assembled(made.asm['ptx'])}, {seconds:.1f} s"
+        print(f"{kernel.__name__} ({about}) {options}: {said}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,8,32,64")
+    parser.add_argument("--batch", default="1,8,12,24,32,64")
     parser.add_argument("--layers", type=int, default=1, help="of each AR")
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config

@@ -32,8 +32,9 @@ from s2quant.runtime.fused_weights import (
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
     from s2quant.runtime.kernels.attention import Layer, Scratch
+    from s2quant.runtime.kernels.choice import Plan
     from s2quant.runtime.kernels.launch import How
-    from s2quant.runtime.kernels.weights import Shape, Then
+    from s2quant.runtime.kernels.weights import Then
 
 
 class FusedFrame:
@@ -52,8 +53,8 @@ class FusedFrame:
         self, model: DualAR, num_slots: int, residual_size: int, max_context: int, how: How | None = None
     ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
+        from s2quant.runtime.kernels.choice import padded_rows
         from s2quant.runtime.kernels.launch import EARLY
-        from s2quant.runtime.kernels.linear import padded_rows
 
         self.model, self.config, self.how = model, model.config, EARLY if how is None else how
         self.residual_size = residual_size
@@ -100,6 +101,7 @@ class FusedFrame:
             tiles = max(layer.out.weight.num_tiles for layer in (*self.slow.layers, *self.fast.layers))
             self.squares = [torch.zeros(rows * tiles, device=device) for _ in range(2)]
             self.begun = torch.zeros(rows, 1, device=device)  # the same of vectors that were looked up
+            self.parts = torch.empty(self._most_parts(2 * num_slots), device=device)
             self.fast_positions = torch.arange(model.config.num_codebooks, device=device)
             self.scratch = [
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
@@ -120,7 +122,7 @@ class FusedFrame:
         self._embed(state, batch)
         squares = self.begun[:batch]
         for number in range(len(self.slow.layers)):
-            layer = self._attention_layer(self.slow, number, caches[0], table)
+            layer = self._attention_layer(self.slow, number, caches[0], table, batch)
             squares = self._block(
                 0, number, batch, squares, [(layer, state.positions, 0)], (batch, context), self.scratch[0]
             )
@@ -130,7 +132,7 @@ class FusedFrame:
             rows = 2 * batch if code == 1 else batch
             squares = self.begun[:rows]
             for number in range(len(self.fast.layers)):
-                layer = self._attention_layer(self.fast, number, caches[1], fast_table)
+                layer = self._attention_layer(self.fast, number, caches[1], fast_table, rows)
                 where = [(layer, self.fast_positions[code : code + 1], rows - batch)]
                 if code == 1:
                     where.insert(0, (layer, self.fast_positions[:1], 0))
@@ -145,10 +147,28 @@ class FusedFrame:
 
     def _squares(self, which: int, rows: int, linear: PlacedLinear) -> Tensor:
         """Give room for the sums of squares that a linear leaves, one per program and row."""
-        parts = linear.weight.num_tiles // self._shape(linear, rows).tiles
+        from s2quant.runtime.kernels.choice import num_sums
+
+        parts = num_sums(linear.weight, self._plan(linear, rows))
         return self.squares[which][: rows * parts].view(rows, parts)
 
-    def _attention_layer(self, stack: FusedStack, number: int, cache: KVCache, table: Tensor) -> Layer:
+    def _most_parts(self, rows: int) -> int:
+        """Count the numbers that linears of up to so many rows leave to be added up."""
+        from s2quant.runtime.kernels.choice import num_parts
+
+        linears = [self.slow.head, self.fast.head]
+        for layer in (*self.slow.layers, *self.fast.layers):
+            linears += [layer.qkv, layer.out, layer.pair, layer.down]
+        sizes = {min(rows, 32), rows}  # what is cut up in another way
+        return max(num_parts(linear.weight, self._plan(linear, size), size) for linear in linears for size in sizes)
+
+    def _place(self, linear: PlacedLinear, rows: int) -> Tensor | None:
+        """Say where a linear wants its inputs."""
+        from s2quant.runtime.kernels.choice import is_many
+
+        return linear.many_place if is_many(rows, self.how) else linear.place
+
+    def _attention_layer(self, stack: FusedStack, number: int, cache: KVCache, table: Tensor, rows: int) -> Layer:
         from s2quant.runtime.kernels.attention import Layer
 
         layer = stack.layers[number]
@@ -159,19 +179,18 @@ class FusedFrame:
             k_norm=layer.k_norm,
             eps=layer.qk_eps,
             table=table,
-            place=layer.out.place,
+            place=self._place(layer.out, rows),
         )
 
     def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
-        from s2quant.runtime.kernels import linear as kernels
+        from s2quant.runtime.kernels import choice
 
-        kernels.linear(linear.weight, x, rows, then, self._shape(linear, rows), self.how)
+        choice.multiply(linear.weight, x, rows, then, self._plan(linear, rows), self.how, parts=self.parts)
 
-    def _shape(self, linear: PlacedLinear, rows: int) -> Shape:
-        from s2quant.runtime.kernels.linear import columns_for
-        from s2quant.runtime.kernels.shapes import shape_for
+    def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
+        from s2quant.runtime.kernels.choice import plan_for
 
-        return shape_for(linear.weight, columns_for(rows), self.how.narrow)
+        return plan_for(linear.weight, rows, self.how)
 
     def _block(
         self,
@@ -208,7 +227,7 @@ class FusedFrame:
         then = Then(
             epilogue="residual",
             out=self.gate_x,
-            place=layer.pair.place,
+            place=self._place(layer.pair, rows),
             hidden=stack.hidden,
             norm=layer.ffn_norm,
             squares_out=between,
@@ -217,7 +236,7 @@ class FusedFrame:
         then = Then(
             epilogue="gate",
             out=middle,
-            place=layer.down.place,
+            place=self._place(layer.down, rows),
             squares_in=between,
             eps=stack.eps,
         )
@@ -226,7 +245,7 @@ class FusedFrame:
         then = Then(
             epilogue="residual",
             out=self.x,
-            place=stack.head.place if last else stack.layers[number + 1].qkv.place,
+            place=self._place(stack.head, sizes[0]) if last else self._place(stack.layers[number + 1].qkv, rows),
             hidden=stack.hidden,
             norm=stack.norm if last else stack.layers[number + 1].attention_norm,
             squares_out=after,
@@ -244,12 +263,13 @@ class FusedFrame:
 
         slow, config = self.model.slow, self.config
         first = self.slow.layers[0]
+        place = self._place(first.qkv, batch)
         steps.embed_kernel[(batch,)](
             state.columns,
             slow.embeddings.weight,
             slow.codebook_embeddings.weight,
             first.attention_norm,
-            self.x if first.qkv.place is None else first.qkv.place,
+            self.x if place is None else place,
             self.slow.hidden,
             self.x,
             self.begun,
@@ -257,7 +277,7 @@ class FusedFrame:
             config.semantic_end_id,
             config.codebook_size,
             float(config.num_codebooks + 1) ** 0.5,
-            **steps.vector_arguments(config.slow.dim, first.qkv.place),
+            **steps.vector_arguments(config.slow.dim, place),
             BLOCK=_power_of_two(config.slow.dim),
             CODEBOOKS=config.num_codebooks,
             **steps.options(False, 8),
@@ -267,6 +287,7 @@ class FusedFrame:
         from s2quant.runtime.kernels import steps
 
         config, first = self.config, self.fast.layers[0]
+        place = self._place(first.qkv, 2 * batch)
         steps.semantic_kernel[(batch,)](
             self.logits,
             state.uniform,
@@ -284,7 +305,7 @@ class FusedFrame:
             self.slow.eps,
             self.model.fast.embeddings.weight,
             first.attention_norm,
-            self.x if first.qkv.place is None else first.qkv.place,
+            self.x if place is None else place,
             self.fast.hidden,
             self.x,
             self.begun,
@@ -297,7 +318,7 @@ class FusedFrame:
             KEPT=state.uniform.shape[1],
             COLUMN=1 + config.num_codebooks,
             **steps.draw_arguments(),
-            **steps.vector_arguments(config.fast.dim, first.qkv.place),
+            **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
             **steps.options(self.how.early, 8),
@@ -307,6 +328,7 @@ class FusedFrame:
         from s2quant.runtime.kernels import steps
 
         config, first = self.config, self.fast.layers[0]
+        place = self._place(first.qkv, batch)
         steps.residual_kernel[(batch,)](
             self.fast_logits,
             state.uniform_fast,
@@ -319,7 +341,7 @@ class FusedFrame:
             state.columns,
             self.model.fast.embeddings.weight,
             first.attention_norm,
-            self.x if first.qkv.place is None else first.qkv.place,
+            self.x if place is None else place,
             self.fast.hidden,
             self.x,
             self.begun,
@@ -330,7 +352,7 @@ class FusedFrame:
             CODEBOOKS=config.num_codebooks,
             SMALLEST=steps.draw_arguments()["SMALLEST"],
             LAST=code == config.num_codebooks - 1,
-            **steps.vector_arguments(config.fast.dim, first.qkv.place),
+            **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             **steps.options(self.how.early, 4),
         )

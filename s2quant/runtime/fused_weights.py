@@ -5,7 +5,7 @@ Legend: D width, N outputs, K inputs, H query heads, h head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,10 +92,19 @@ class PlacedLinear:
     Args:
         weight: What the kernel reads.
         place: int32 [K], where each input stands in act order; None: in order.
+        many_place: The same where many rows are multiplied.
     """
 
     weight: Weight
     place: Tensor | None
+    many_place: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        from s2quant.runtime.kernels.layout import arranged_place
+
+        weight = self.weight
+        place = arranged_place(self.place, weight.kind, weight.in_features, weight.first.device)
+        object.__setattr__(self, "many_place", place)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,8 +2,8 @@
 
 Legend: M rows of x, N out_features, K in_features.
 
-Up to 64 rows read the codes as they are; more rows make a bf16 weight for a moment and multiply with that. Triton is
-imported when the first such linear is made: it is no dependency of a CPU.
+Up to 64 rows read the codes as they are (`s2quant.runtime.kernels.choice`); more rows make a bf16 weight for a moment
+and multiply with that. Triton is imported when the first such linear is made: it is no dependency of a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from s2quant.packing import QuantizedWeight
 from s2quant.runtime.kernels.layout import Packed, layout_obstacle
 from s2quant.runtime.linears import QuantizedLinear
 
-MOST_ROWS = 64  # of x that the kernel of few rows takes
+MOST_ROWS = 64  # of x that read the codes as they are
 HOPPER = (9, 0)
 
 
@@ -96,9 +96,9 @@ class TritonLinear(QuantizedLinear):
         Returns:
             [..., N] in x's dtype.
         """
+        from s2quant.runtime.kernels.choice import is_many, multiply, padded_rows, plan_for
         from s2quant.runtime.kernels.dequantize import dequantize
-        from s2quant.runtime.kernels.linear import columns_for, linear, padded_rows
-        from s2quant.runtime.kernels.shapes import shape_for
+        from s2quant.runtime.kernels.layout import arranged
         from s2quant.runtime.kernels.weights import Then, Weight
 
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
@@ -111,9 +111,9 @@ class TritonLinear(QuantizedLinear):
         weight = Weight.of(self.packed)
         out = torch.empty(count, self.out_features, dtype=torch.bfloat16, device=x.device)
         if count:
+            rows = arranged(rows, weight.kind) if is_many(count) else rows
             padded = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
-            shape = shape_for(weight, columns_for(count))
-            linear(weight, padded.contiguous(), count, Then(epilogue="store", out=out), shape)
+            multiply(weight, padded.contiguous(), count, Then(epilogue="store", out=out), plan_for(weight, count))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 

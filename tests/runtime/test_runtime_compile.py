@@ -74,3 +74,45 @@ def test_warps_meet_once_and_weights_are_asked_for_first(kind, out_features, in_
 
 def test_without_it_they_meet_often():
     assert len(re.findall(r"\bbar(rier)?\.sync", ptx_of("w4", 2560, 4096, "residual", flat=False))) > 3
+
+
+@pytest.mark.parametrize("kind", ["w4", "w8"])
+def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, monkeypatch):
+    """No element of a packed weight goes back to shared memory, and the tensor cores read x from there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from s2quant.runtime.kernels.many import many, many_kernel
+    from s2quant.runtime.kernels.weights import Block, Then, Weight
+
+    scales, empty = torch.empty(16, dtype=torch.half), torch.empty(64, 1)
+    weight = Weight(
+        kind=kind, first=empty.int(), second=scales, out_features=2560, in_features=4096, group_size=32,
+    )  # fmt: skip
+    then = Then(
+        epilogue="residual", out=torch.empty(64, 2560), place=empty, hidden=empty, norm=empty, squares_out=empty
+    )
+    block = Block(tiles=8, splits=4, stages=3, warps=4)
+    asked = {}
+    monkeypatch.setattr(
+        type(many_kernel), "warmup", lambda kernel, *values, grid, **options: asked.setdefault(kernel.__name__, options)
+    )
+    many(weight, torch.empty(64, 4096, dtype=torch.bfloat16), 64, then, block, launch=False)
+    constants = {name: value for name, value in asked["many_kernel"].items() if name in many_kernel.arg_names}
+    types = NAMES | {"second": "*i32", "parts": "*fp32"}
+    source = ASTSource(
+        fn=many_kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in many_kernel.arg_names},
+        constexprs={(many_kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (number,): [["tt.divisibility", 16]]
+            for number, name in enumerate(many_kernel.arg_names)
+            if types.get(name, "").startswith("*")
+        },
+    )  # fmt: skip
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    products = [found.start() for found in re.finditer("wgmma.mma_async", text)]
+    loop = text[products[0] : products[-1]]
+    assert len(products) == 16 and "cp.async" in text
+    assert "st.shared" not in loop and "stmatrix" not in loop and "bar.sync" not in loop
+    assert text.index("griddepcontrol.launch_dependents") < text.index("griddepcontrol.wait") < text.index("cp.async")

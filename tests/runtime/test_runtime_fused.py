@@ -69,14 +69,18 @@ CHECKPOINTS = {
 }
 
 
+# 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
+@pytest.mark.parametrize("slots", [1, 12, 24])
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
-def test_frames_are_the_plain_decoder_s(checkpoint):
+def test_frames_are_the_plain_decoder_s(checkpoint, slots, monkeypatch):
+    from s2quant.runtime.kernels import shapes
     from tools.speed import frames
 
+    monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)  # so that the inputs of so small a model are split too
     plain, packed = models(CHECKPOINTS[checkpoint])
     tokens = frames.forced_tokens(plain.config, 6, 1)
     logits, hidden = frames.plain_logits(plain, tokens, 6)
-    fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL)
+    fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL, slots)
     plain_last = frames.fast_last_logits(plain, hidden, drawn[:, 1:].to(DEVICE), RESIDUAL)
     for ours, theirs in ((fused, logits), (last, plain_last)):
         assert torch.isfinite(ours).all() and ours.shape == theirs.shape

@@ -180,12 +180,13 @@ def test_a_residual_prepares_the_next_norm(kind, warps, off):
     [
         *(([0, 5, 63], 64, True), ([64, 200, 130], 256, True), ([1100, 64, 1023], 2048, True)),
         *(([0, 9, 15], 16, True), ([0, 9, 15], 16, False)),
+        ([*range(60, 131), *range(240, 300)], 320, True),  # so many that stretches are of 256 positions
     ],
 )
 def test_attention_over_what_is_live(norm, positions, capacity, flat):
     from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
 
-    heads, kv_heads, width, batch = 4, 2, 32, 3
+    heads, kv_heads, width, batch = 4, 2, 32, len(positions)
     qkv = randn(batch, (heads + 2 * kv_heads) * width)
     keys, values = (randn(batch + 1, kv_heads, capacity, width, seed=n).bfloat16() for n in (1, 2))
     norms = [randn(width, seed=n).bfloat16() for n in (3, 4)] if norm else [None, None]
@@ -217,6 +218,22 @@ def test_attention_over_what_is_live(norm, positions, capacity, flat):
         torch.testing.assert_close(mine.cpu().float(), theirs.float(), atol=0.02, rtol=0.01)
         assert torch.equal(mine[batch].cpu(), theirs[batch])
     assert not scratch.arrived.any()
+
+
+@kernel
+def test_many_rows_have_long_stretches():
+    from s2quant.runtime.kernels.attention import least_stretch, num_splits
+
+    rows = (1, 64, 127, 128, 256, 512, 4096)
+    assert [least_stretch(n, how_of()) for n in rows] == [64, 64, 64, 128, 256, 512, 512]
+    assert least_stretch(512, how_of(long_stretches=False)) == 64
+    for context in (48, 64, 500, 1024, 1500, 4096, 9000):
+        most = [num_splits(context, least) for least in (64, 128, 256, 512)]
+        assert most == sorted(most, reverse=True) and most[0] == num_splits(context)
+        for least in (64, 128, 256, 512):  # the last program of every row exists
+            for last in (context - 1, min(context, 1024) - 1, min(context, 4096) - 1):
+                stretch = max(64 if last < 1024 else 128 if last < 4096 else 512, least)
+                assert last // stretch < num_splits(context, least)
 
 
 SAMPLINGS = [
@@ -332,7 +349,7 @@ def test_a_packed_weight_as_a_matrix_and_a_linear_of_any_number_of_rows(bits):
     linear = make_linear(weight, torch.bfloat16, "triton")
     assert linear.backend == "triton"
     exact = weight.dequantize().double()
-    for rows in (0, 1, 5, 65):
+    for rows in (0, 1, 5, 20, 65):
         x = randn(rows, 128, seed=rows).bfloat16().to(DEVICE)
         y = linear(x[None])
         assert y.shape == (1, rows, 40) and y.dtype == torch.bfloat16

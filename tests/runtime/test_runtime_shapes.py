@@ -44,18 +44,37 @@ def test_two_programs_of_the_longest_linear_share_an_sm():
 
 def test_what_was_measured_comes_before_the_rule(monkeypatch):
     from s2quant.runtime.kernels import shapes
-    from s2quant.runtime.kernels.weights import Shape
+    from s2quant.runtime.kernels.weights import Block, Shape
     from tools.speed.linears import table
 
     weight = weight_of("w4", 6144, 2560, False)
-    row = {"key": list(shapes.key_of(weight, 1)), "shape": [8, 1, 2, 1]}
-    text = table([row], "a device")
+    best, block = Shape(warps=8, tiles=1, depth=2, columns=1), Block(tiles=8, splits=3, stages=4, warps=4)
+    text = table({shapes.key_of(weight, 1): best}, {shapes.key_of(weight, 64): block}, "a device")
     scope: dict = {}
     exec(compile(text, "tuned.py", "exec"), scope)
     assert scope["TABLE"] == {("w4", 6144, 2560, False, 1): (8, 1, 2, 1)} and "a device" in scope["__doc__"]
-    best = Shape(warps=8, tiles=1, depth=2, columns=1)
+    assert scope["MANY"] == {("w4", 6144, 2560, False, 64): (8, 3, 4, 4)}
+    monkeypatch.setitem(shapes.TUNED_MANY, shapes.key_of(weight, 64), block)
+    assert shapes.block_for(weight, 64) == block != shapes.block_rule(weight)
     monkeypatch.setitem(shapes.TUNED, shapes.key_of(weight, 1), best)
     assert shapes.shape_for(weight, 1) == best != shapes.rule(weight, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(STEP))
+def test_every_size_is_cut_up_for_many_rows(kind):
+    from s2quant.runtime.kernels.shapes import TUNED_MANY, block_candidates, block_rule
+    from s2quant.runtime.kernels.weights import TURN
+
+    for size in SIZES:
+        weight = weight_of(kind, *size)
+        found = block_candidates(weight)
+        assert found[0] == block_rule(weight) and len(set(found)) == len(found) > 1
+        mine = [block for key, block in TUNED_MANY.items() if key[:4] == (kind, *size)]
+        for block in [*found, *mine]:
+            turns = -(-weight.in_features // TURN[kind] // block.splits)
+            assert (block.splits - 1) * turns < weight.in_features // TURN[kind]  # none is left without a turn
+            assert block.splits == 1 or not weight.gated
+            assert block.tiles in (8, 16) and block.warps in (4, 8) and block.stages >= 2
 
 
 def is_sound(key, shape):

@@ -50,14 +50,42 @@ def test_a_failure_is_kept_beside_what_was_known(check):
 
 
 def test_variants_leave_out_one_thing_each(check):
-    from tools.speed.check import as_first
     from tools.speed.parts import variants_of
 
-    ways = variants_of(check)
-    assert len(set(ways.values())) == len(ways) and ways["all"] == check.how
-    assert not ways["without flat"].flat and ways["without flat"].live_rows
+    listed = variants_of(check)
+    for job in {row[:2] for row in listed}:
+        ways = {way: how for *its, way, how in listed if tuple(its) == job}
+        assert len(set(ways.values())) == len(ways) and ways["all"] == check.how
+        assert ("without flat" in ways) == ("without many_rows" not in ways) == (job[1] <= 16)
+        if "without many_rows" in ways:
+            assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches
+            assert not ways["without long_stretches"].long_stretches and ways["without long_stretches"].many_rows
+        else:
+            assert not ways["without flat"].flat and ways["without flat"].live_rows
+    assert {("w4a16", 1), ("w4a16", 64), ("bf16", 64)} <= {row[:2] for row in listed}
+
+
+def test_wrong_products_of_many_rows_leave_the_other_kernel_as_it_is(check, monkeypatch):
+    from tools.speed import linears
+    from tools.speed.parts import ROWS, kernels_part
+
+    def errors(case, rows, device, how):
+        return {"out": 1.0 if how.many_rows and rows == max(ROWS["tiny"]) else 0.0}
+
+    monkeypatch.setattr(linears, "errors", errors)
+    kernels_part(check)
+    assert not check.how.many_rows and check.how.flat and check.how.loads_first
+    assert all(row["right"] for row in check.facts["kernels"]) and check.facts["kernels_wrong"]
+    assert "many rows" in check.facts["fell_back"]
+
+
+def test_first_ways_leave_out_all_that_came_later(check):
+    from tools.speed.check import as_first
+
     first = as_first(check.how)
-    assert first.early and not (first.flat or first.live_rows or first.loads_first or first.narrow)
+    assert first.early and not (
+        first.many_rows or first.long_stretches or first.flat or first.live_rows or first.loads_first or first.narrow
+    )
 
 
 def test_bandwidth_counts_what_is_moved():

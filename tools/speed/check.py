@@ -15,7 +15,7 @@ import torch
 from s2quant.runtime.kernels.launch import EARLY
 
 SHARES = {  # seconds of 280 that a part may take; what one leaves is there for those after it
-    "bandwidth": 6, "compile": 45, "kernels": 15, "exact": 45, "frames": 40, "variants": 25, "tune": 50, "profile": 10,
+    "bandwidth": 6, "compile": 45, "kernels": 21, "exact": 42, "frames": 40, "variants": 25, "tune": 47, "profile": 10,
     "linears": 40,
 }  # fmt: skip
 WHOLE_S = 280

@@ -132,7 +132,7 @@ class _Listed(FusedFrame):
             placed=then.place is not None,
             num_squares=160 if then.squares_in is None else then.squares_in.shape[1],
         )
-        self.jobs[case, rows, self._shape(linear, rows), self.how] = None
+        self.jobs[case, rows, self._plan(linear, rows), self.how] = None
 
 
 @torch.inference_mode()
@@ -226,20 +226,25 @@ def plain_logits(model: DualAR, tokens: Tensor, prompt: int) -> tuple[Tensor, Te
 
 
 @torch.inference_mode()
-def fused_logits(model: DualAR, tokens: Tensor, prompt: int, residual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Feed the fused decoder; float32 logits [F, C], columns drawn [F, 1+N], logits of the last codebook [F, R]."""
-    decoder = FastDecoder(model, 1, tokens.shape[1], residual, graphs=None, fused=True)
+def fused_logits(
+    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feed the fused decoder; of the last of slots that all hear the same: float32 logits [F, C], columns drawn
+    [F, 1+N], logits of the last codebook [F, R]."""
+    decoder = FastDecoder(model, slots, tokens.shape[1], residual, graphs=None, fused=True)
     decoder.seat(0, torch.Generator(decoder.device).manual_seed(3), Sampling(), ignore_end=False)
     decoder.begin(0, tokens[:, :prompt], 0)
+    for slot in range(1, slots):
+        decoder.move(0, slot)
     fused = decoder._fused
     assert fused is not None
     logits, drawn, last = [], [], []
     for position in range(prompt, tokens.shape[1]):
-        read = decoder.launch(1)
-        logits.append(fused.logits[:1].clone())
-        last.append(fused.fast_logits[:1].clone())
-        drawn.append(read.columns())
-        decoder.state.columns[:1] = tokens[:, position].to(decoder.device)
+        read = decoder.launch(slots)
+        logits.append(fused.logits[slots - 1 : slots].clone())
+        last.append(fused.fast_logits[slots - 1 : slots].clone())
+        drawn.append(read.columns()[-1:])
+        decoder.state.columns[:slots] = tokens[:, position].to(decoder.device)
     return torch.cat(logits), torch.cat(drawn), torch.cat(last)
 
 
@@ -274,6 +279,19 @@ def exactness(models: dict[str, DualAR], prompt: int, frames: int, residual: int
         fused_packed, drawn, last = fused_logits(packed, tokens, prompt, residual)
         plain_last = fast_last_logits(packed, packed_hidden, drawn[:, 1:].to(fused.device), residual)
         found[f"{name}_fused_vs_plain"] = _compared(plain_packed, plain_packed, fused_packed)
+        found[f"{name}_last_codebook_fused_vs_plain"] = _compared(plain_last, plain_last, last)
+    return found
+
+
+def many_slots(models: dict[str, DualAR], prompt: int, frames: int, residual: int, slots: int) -> dict[str, Any]:
+    """Compare a slot of many, over forced frames, with the plain decoder of the same model."""
+    found: dict[str, Any] = {"slots": slots, "frames": frames}
+    for name, model in models.items():
+        tokens = forced_tokens(model.config, prompt, frames)
+        plain, hidden = plain_logits(model, tokens, prompt)
+        fused, drawn, last = fused_logits(model, tokens, prompt, residual, slots)
+        plain_last = fast_last_logits(model, hidden, drawn[:, 1:].to(fused.device), residual)
+        found[f"{name}_fused_vs_plain"] = _compared(plain, plain, fused)
         found[f"{name}_last_codebook_fused_vs_plain"] = _compared(plain_last, plain_last, last)
     return found
 

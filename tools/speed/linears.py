@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
+from s2quant.runtime.kernels.choice import Plan, is_many, multiply, num_parts, num_sums, padded_rows, plan_for
 from s2quant.runtime.kernels.launch import EARLY, How
-from s2quant.runtime.kernels.layout import pack, pair
-from s2quant.runtime.kernels.linear import columns_for, linear, padded_rows
-from s2quant.runtime.kernels.shapes import candidates, key_of, rule, shape_for
-from s2quant.runtime.kernels.weights import Shape, Then, Weight
+from s2quant.runtime.kernels.layout import arranged, pack, pair
+from s2quant.runtime.kernels.linear import columns_for
+from s2quant.runtime.kernels.many import rows_of
+from s2quant.runtime.kernels.shapes import Key, block_candidates, candidates, key_of
+from s2quant.runtime.kernels.weights import Block, Shape, Then, Weight
 from tools.speed.timing import captured, replayed
 
 ROTATED_BYTES = 400 << 20  # of copies of a weight: several times the L2
@@ -113,7 +115,7 @@ def make(case: Case, device: torch.device) -> Made:
     return Made(weight=weight, matrices=[matrix[:rows].float() for matrix in stored])
 
 
-def then_for(case: Case, weight: Weight, rows: int, shape: Shape, device: torch.device) -> Then:
+def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.device) -> Then:
     """Make what follows a linear, its outputs poisoned."""
     outputs = case.out_features // 2 if case.gated else case.out_features
     poison = float("nan")
@@ -126,22 +128,26 @@ def then_for(case: Case, weight: Weight, rows: int, shape: Shape, device: torch.
         squares_in=case.in_features * (0.5 + torch.rand(rows, squares, device=device)) / squares if scaled else None,
         hidden=None if scaled else torch.randn(rows, outputs, device=device),
         norm=None if scaled else torch.rand(outputs, device=device).bfloat16(),
-        squares_out=None if scaled else torch.full((rows, weight.num_tiles // shape.tiles), poison, device=device),
+        squares_out=None if scaled else torch.full((rows, num_sums(weight, plan)), poison, device=device),
         eps=1e-6 if scaled else 0.0,
     )
 
 
 def errors(case: Case, rows: int, device: torch.device, how: How = EARLY) -> dict[str, float]:
-    """Compare a linear with float64; relative errors of all it writes."""
+    """Compare a linear with float64, of the weights that are multiplied; relative errors of all it writes."""
     made = make(case, device)
-    shape = shape_for(made.weight, columns_for(rows), how.narrow)
+    plan = plan_for(made.weight, rows, how)
     x = torch.zeros(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
     x[:rows] = torch.randn(rows, case.in_features, device=device)
-    then = then_for(case, made.weight, rows, shape, device)
+    then = then_for(case, made.weight, rows, plan, device)
     before = None if then.hidden is None else then.hidden.double()
+    many = isinstance(plan, Block)
+    ordered = arranged(x, case.kind) if many else x
+    parts = torch.full((num_parts(made.weight, plan, rows),), float("nan"), device=device)
     synchronize(device)  # a kernel that starts early reads its weights before it waits
-    linear(made.weight, x, rows, then, shape, how)
-    exact = [x[:rows].double() @ matrix.double().T for matrix in made.matrices]
+    multiply(made.weight, ordered, rows, then, plan, how, parts=parts)
+    matrices = [matrix.bfloat16() if many else matrix for matrix in made.matrices]  # many rows: rounded once
+    exact = [x[:rows].double() @ matrix.double().T for matrix in matrices]
     if then.squares_in is not None:
         scale = (then.squares_in.double().sum(1) / case.in_features + 1e-6).rsqrt()[:, None]
         exact = [part * scale for part in exact]
@@ -183,20 +189,21 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def seconds_of(case: Case, weights: list[Weight], rows: int, shape: Shape, device: torch.device, how: How) -> float:
+def seconds_of(case: Case, weights: list[Weight], rows: int, plan: Plan, device: torch.device, how: How) -> float:
     """Time one product, in a row of others with other weights."""
     x = torch.randn(padded_rows(rows), case.in_features, device=device).bfloat16()
-    then = then_for(case, weights[0], rows, shape, device)
+    then = then_for(case, weights[0], rows, plan, device)
+    parts = torch.empty(num_parts(weights[0], plan, rows), device=device)
     if then.hidden is not None:
         then.hidden.zero_()
 
     def body() -> None:
         for weight in weights:
-            linear(weight, x, rows, then, shape, how)
+            multiply(weight, x, rows, then, plan, how, parts=parts)
 
     if device.type != "cuda":
         started = time.perf_counter()
-        linear(weights[0], x, rows, then, shape)
+        multiply(weights[0], x, rows, then, plan, parts=parts)
         return time.perf_counter() - started
     return replayed(captured(body)) / len(weights)
 
@@ -231,11 +238,11 @@ def tinygemm_seconds(case: Case, rows: int, device: torch.device) -> float:
 # ---- tuning ---------------------------------------------------------------------------------------------------
 
 
-Job = tuple[Case, int, Shape, How]
+Job = tuple[Case, int, Plan, How]
 
 
-def compile_one(case: Case, rows: int, shape: Shape, how: How) -> None:
-    """Compile one shape into Triton's cache; run in a process of its own."""
+def compile_one(case: Case, rows: int, plan: Plan, how: How) -> None:
+    """Compile one plan into Triton's cache; run in a process of its own."""
     device = torch.device("cuda")
     packed = case.kind != "bf16"
     first = torch.empty(16, dtype=torch.int32 if packed else torch.bfloat16, device=device)
@@ -250,8 +257,8 @@ def compile_one(case: Case, rows: int, shape: Shape, how: How) -> None:
         gated=case.gated,
     )
     x = torch.empty(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
-    then = then_for(case, weight, rows, shape, device)
-    linear(weight, x, rows, then, shape, how, launch=False)
+    then = then_for(case, weight, rows, plan, device)
+    multiply(weight, x, rows, then, plan, how, launch=False)
 
 
 def jobs(case: Case, rows: int, every: bool, how: How = EARLY) -> Iterator[Job]:
@@ -265,9 +272,13 @@ def jobs(case: Case, rows: int, every: bool, how: How = EARLY) -> Iterator[Job]:
         group_size=case.group_size,
         gated=case.gated,
     )
-    columns = columns_for(rows)
-    for shape in candidates(kind, columns) if every else [shape_for(kind, columns, how.narrow)]:
-        yield case, rows, shape, how
+    for plan in plans(kind, rows, how) if every else [plan_for(kind, rows, how)]:
+        yield case, rows, plan, how
+
+
+def plans(weight: Weight, rows: int, how: How) -> list[Plan]:
+    """List the ways to cut a linear up that are worth trying, the rule's first."""
+    return [*(block_candidates(weight) if is_many(rows, how) else candidates(weight, columns_for(rows)))]
 
 
 def compile_all(wanted: list[Job], workers: int, until: float) -> set[Job]:
@@ -298,38 +309,40 @@ def tune(
     how: How,
     left_out: set[Job] = frozenset(),  # type: ignore[assignment]
 ) -> dict[str, Any]:
-    """Time every shape of one linear but those left out; those first in the list if the time is up."""
+    """Time every plan of one linear but those left out; those first in the list if the time is up."""
     made = make(case, device)
     weights = copies(made.weight)
-    columns = columns_for(rows)
-    found: list[tuple[float, Shape]] = []
-    for shape in candidates(made.weight, columns):
+    found: list[tuple[float, Plan]] = []
+    wanted = plans(made.weight, rows, how)
+    for plan in wanted:
         if found and time.perf_counter() > until:
             break
-        if (case, rows, shape, how) in left_out:
+        if (case, rows, plan, how) in left_out:
             continue
         try:
-            found.append((seconds_of(case, weights, rows, shape, device, how), shape))
-        except Exception as error:  # noqa: BLE001 - a shape that fails is a finding
-            print(f"  {case.name} {shape}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            found.append((seconds_of(case, weights, rows, plan, device, how), plan))
+        except Exception as error:  # noqa: BLE001 - a plan that fails is a finding
+            print(f"  {case.name} {plan}: {type(error).__name__}: {str(error)[:300]}", flush=True)
     found.sort(key=lambda pair: pair[0])
     best = found[0]
-    start = rule(made.weight, columns)
-    first = [seconds for seconds, shape in found if shape == start]
+    first = [seconds for seconds, plan in found if plan == wanted[0]]
     row = {
         "rows": rows,
-        "key": list(key_of(made.weight, columns)),
+        "key": list(key_of(made.weight, rows_of(rows) if is_many(rows, how) else columns_for(rows))),
         "us": 1e6 * best[0],
         "us_rule": 1e6 * first[0] if first else None,
-        "shape": _numbers(best[1]),
-        "tried": [[round(1e6 * seconds, 2), *_numbers(shape)] for seconds, shape in found[:6]],
+        "shape": numbers(best[1]),
+        "tried": [[round(1e6 * seconds, 2), *numbers(plan)] for seconds, plan in found[:6]],
         "bytes": made.weight.num_bytes,
     }
     return row | {"best": best[1]}
 
 
-def _numbers(shape: Shape) -> list[int]:
-    return [shape.warps, shape.tiles, shape.depth, shape.columns]
+def numbers(plan: Plan) -> list[int]:
+    """Give a plan as a row of the table has it."""
+    if isinstance(plan, Block):
+        return [plan.tiles, plan.splits, plan.stages, plan.warps]
+    return [plan.warps, plan.tiles, plan.depth, plan.columns]
 
 
 TABLE = """\"\"\"How linears are best cut up on a Hopper GPU: by `tools/speed_check.py`, part "tune", on {device}.
@@ -340,12 +353,19 @@ Keys: kind, outputs, inputs, gated, groups of 8 rows. Values: warps, tiles, dept
 from __future__ import annotations
 
 TABLE: dict[tuple[str, int, int, bool, int], tuple[int, int, int, int]] = {{
-{rows}}}
+{few}}}
+
+# The same for many rows. Keys: kind, outputs, inputs, gated, rows of a program. Values: tiles, splits, stages, warps.
+MANY: dict[tuple[str, int, int, bool, int], tuple[int, int, int, int]] = {{
+{many}}}
 """
 
 
-def table(rows: list[dict[str, Any]], device: str) -> str:
+def table(few: dict[Key, Shape], many: dict[Key, Block], device: str) -> str:
     """Write tuned shapes as the module `s2quant.runtime.kernels.tuned`."""
-    shapes = {tuple(row["key"]): tuple(row["shape"]) for row in rows}
-    lines = [f"    {key!r}: {shape!r},\n".replace("'", '"') for key, shape in sorted(shapes.items())]
-    return TABLE.format(device=device, rows="".join(lines))
+
+    def lines(found: dict[Key, Any]) -> str:
+        rows = [f"    {key!r}: {tuple(numbers(plan))!r},\n" for key, plan in sorted(found.items())]
+        return "".join(rows).replace("'", '"')
+
+    return TABLE.format(device=device, few=lines(few), many=lines(many))

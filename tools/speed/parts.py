@@ -15,7 +15,10 @@ import torch
 from s2quant.checkpoint.config import S2Config
 from s2quant.export.random import s2_pro_config, tiny_config
 from s2quant.runtime.kernels import shapes
+from s2quant.runtime.kernels.choice import is_many, plan_for
 from s2quant.runtime.kernels.linear import columns_for
+from s2quant.runtime.kernels.many import rows_of
+from s2quant.runtime.kernels.weights import Block
 from tools.speed import frames, linears, others
 from tools.speed.check import Check, as_first
 from tools.speed.timing import bandwidth, card_state
@@ -26,8 +29,8 @@ MODELS = {
     "s2-pro": {"w4a16": "s2-pro-w4a16", "bf16": None, "fast8": "s2-pro-w4a16-fast8", "w8a16": "s2-pro-w8a16"},
     "tiny": {"w4a16": "tiny-w4a16", "bf16": None, "fast8": "tiny-w4a16-fast8"},
 }
-ROWS = {"s2-pro": (1, 2, 4, 8, 16, 32, 64), "tiny": (1, 9)}
-TUNED_ROWS = {"s2-pro": (1, 64, 32, 16), "tiny": (1,)}
+ROWS = {"s2-pro": (1, 2, 8, 16, 17, 24, 32, 47, 64), "tiny": (1, 9, 17)}
+TUNED_ROWS = {"s2-pro": (64, 32, 1, 16), "tiny": (1,)}
 LIMITS = {"out": 6e-3, "hidden": 1e-5, "squares": 1e-5}  # bf16 rounding of the result; float32 sums
 
 
@@ -64,7 +67,7 @@ def compile_part(check: Check) -> None:
     """Compile what the parts after it launch, in parallel; on a GPU only."""
     if not check.cuda:
         return
-    columns = {(columns_for(rows), rows < 8): rows for rows in ROWS[check.size]}.values()  # what kernels differ by
+    columns = {what_differs(rows, check.how): rows for rows in ROWS[check.size]}.values()
     cases = linears.cases(sizes_of(config_of(check.size)))
     wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
@@ -72,13 +75,20 @@ def compile_part(check: Check) -> None:
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
         for batch in batches:
             wanted += frames.listed(model_of(check, name), batch, *sizes, check.how)
-    for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 8)):
-        for how in variants_of(check).values():
-            wanted += frames.listed(model_of(check, name), batch, *sizes, how)
+    for name, batch, _, how in variants_of(check):
+        wanted += frames.listed(model_of(check, name), batch, *sizes, how)
+    for case in cases:  # what the part "linears" compares many rows with
+        for rows in (32, 64):
+            wanted += linears.jobs(case, rows, False, replace(check.how, many_rows=False))
     wanted = list(dict.fromkeys(wanted))
     check.say(f"{len(wanted)} kernels to compile")
     failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.deadline)
     check.facts["compiled"] = {"wanted": len(wanted), "not": len(failed)}
+
+
+def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
+    """Say what kernels of other numbers of rows are compiled apart for."""
+    return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
 def kernels_part(check: Check) -> None:
@@ -96,10 +106,13 @@ def kernels_part(check: Check) -> None:
                 check.say(f"WRONG {row}")
             found.append(row)
     check.say(f"{right} of {right + wrong} products right")
-    if wrong and check.how.flat:  # so that what follows is measured on kernels that are right
-        check.how = as_first(check.how)
-        check.facts["kernels_wrong"] = [row for row in check.facts["kernels"] if not row.get("right", True)]
-        check.facts["fell_back"] = f"{wrong} products wrong: launched as at first from here on"
+    if wrong and (check.how.flat or check.how.many_rows):  # so that what follows is measured on kernels that are right
+        faults = [row for row in check.facts["kernels"] if not row.get("right", True)]
+        only_many = all(is_many(row["rows"], check.how) for row in faults)
+        check.how = replace(check.how, many_rows=False) if only_many else as_first(check.how)
+        check.facts.setdefault("kernels_wrong", []).extend(faults)
+        way = "without the kernel of many rows" if only_many else "launched as at first"
+        check.facts["fell_back"] = f"{wrong} products wrong: {way} from here on"
         check.say(check.facts["fell_back"])
         kernels_part(check)
 
@@ -119,14 +132,15 @@ def tune_part(check: Check) -> None:
         row: dict[str, Any] = {"case": f"{case.kind} {case.name}"}
         check.tried(row, lambda: linears.tune(case, rows, check.device, check.deadline, check.how, left_out))  # noqa: B023
         if "failed" not in row:
-            shapes.TUNED[tuple(row["key"])] = row.pop("best")
+            best = row.pop("best")
+            (shapes.TUNED_MANY if isinstance(best, Block) else shapes.TUNED)[tuple(row["key"])] = best
             check.say(
                 f"{name:20} {row['us']:6.1f} us (rule {row['us_rule'] or 0:6.1f}, floor "
                 f"{1e6 * row['bytes'] / speed:5.1f}) {row['shape']} tried {row['tried'][:4]}"
             )
         found.append(row)
-        done = [row for row in found if "key" in row]
-        (check.options.out / "tuned.py").write_text(linears.table(done, check.facts["device"]))
+        text = linears.table(shapes.TUNED, shapes.TUNED_MANY, check.facts["device"])
+        (check.options.out / "tuned.py").write_text(text)
 
 
 def linears_part(check: Check) -> None:
@@ -140,11 +154,14 @@ def linears_part(check: Check) -> None:
         theirs = others.libraries(case, check.device)
         for rows in (1, 8, 32, 64):
             row: dict[str, Any] = {"case": name, "rows": rows, "bytes": made.weight.num_bytes}
-            shape = shapes.shape_for(made.weight, columns_for(rows), check.how.narrow)
+            plan = plan_for(made.weight, rows, check.how)
+            few = plan_for(made.weight, rows, replace(check.how, many_rows=False))
             timed: dict[str, Callable[[], float]] = {
-                "ours": lambda: linears.seconds_of(case, weights, rows, shape, check.device, check.how),  # noqa: B023
+                "ours": lambda: linears.seconds_of(case, weights, rows, plan, check.device, check.how),  # noqa: B023
                 "cublas": lambda: linears.cublas_seconds(case, made, rows, check.device),  # noqa: B023
             }
+            if few != plan:
+                timed["few"] = lambda: linears.seconds_of(case, weights, rows, few, check.device, check.how)  # noqa: B023
             if case.kind == "w4" and rows <= 8:
                 timed["tinygemm"] = lambda: linears.tinygemm_seconds(case, rows, check.device)  # noqa: B023
             timed |= {key: lambda work=work: work(rows) for key, work in theirs.items()}  # type: ignore[misc]  # noqa: B023
@@ -172,13 +189,23 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-def variants_of(check: Check) -> dict[str, Any]:
-    """List the ways to launch: all that makes it faster, each of it left out, and none of it."""
+MANY_WAYS = ("many_rows", "long_stretches", "early_dense")  # what counts at many rows; at few only the last does
+
+
+def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
+    """List frames and ways to launch them: with all that makes it faster, each of it left out, and none of it."""
     how = check.how
     names = [name for name, value in vars(how).items() if value is True]
-    found = {f"without {name}": replace(how, **{name: False}) for name in names}
-    found |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)}
-    return {"all": how, "as first": as_first(how), **found}
+    ways = {name: replace(how, **{name: False}) for name in names}
+    found = []
+    for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
+        many = batch > 16
+        chosen = [way for way in ways if (way in MANY_WAYS if many else way not in MANY_WAYS[:2])]
+        more: dict[str, Any] = {"all": how} if many else {"all": how, "as first": as_first(how)}
+        more |= {f"without {way}": ways[way] for way in chosen}
+        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
+        found += [(name, batch, title, way) for title, way in more.items()]
+    return found
 
 
 def frames_part(check: Check) -> None:
@@ -203,16 +230,15 @@ def variants_part(check: Check) -> None:
     """Time frames launched in other ways, in turns, so that a card that slows down slows them all."""
     residual = min(1024, config_of(check.size).codebook_size)
     position = 480 if check.big else 40
-    ways = variants_of(check)
-    jobs = [("w4a16", 1), ("bf16", 1), ("w4a16", 8)][: 3 if check.big else 1]
+    jobs = variants_of(check)
     if not check.cuda:
-        ways = {name: ways[name] for name in ("as first",)}
-    named = {f"{name} batch {batch}, {way}": (name, batch, way) for name, batch in jobs for way in ways}
+        jobs = [job for job in jobs if job[:3] == ("w4a16", 1, "as first")]
+    named = {f"{name} batch {batch}, {way}": (name, batch, way, how) for name, batch, way, how in jobs}
     for title, found in check.items("variants", list(named)):
-        name, batch, way = named[title]
+        name, batch, way, how = named[title]
         model = model_of(check, name)
         row: dict[str, Any] = {"model": name, "batch": batch, "how": way}
-        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, True, ways[way]))  # noqa: B023
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, True, how))  # noqa: B023
         found.append(row)
         check.say(f"{title}: {row.get('ms', 0):.3f} ms")
 
@@ -225,7 +251,11 @@ def exact_part(check: Check) -> None:
     def replayed(name: str, batch: int) -> dict[str, Any]:
         return frames.graph_is_eager(model_of(check, name), batch, position, residual, drawn)
 
+    many = 64 if check.big else 24
     parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "many_slots": lambda: frames.many_slots(
+            {name: model_of(check, name) for name in names}, prompt, forced // 8 + 1, residual, many
+        ),
         "teacher_forced": lambda: frames.exactness(
             {name: model_of(check, name) for name in names}, prompt, forced, residual
         ),

@@ -6,8 +6,10 @@ Legend: B rows, H query heads, KV key/value heads, h head width, S splits of the
 
 A program has one row, one key/value head and one stretch of the context. How long the stretches are depends on the
 row's position alone, which is read on the device: one launch serves every length, programs without a stretch leave at
-once, and a row's result does not depend on its neighbours. The program that holds the new position writes it into the
-cache. The last one to finish, whichever it is, joins the parts in their order, so the result is the same every time.
+once, and a row's result does not depend on its neighbours. Only their number counts: where rows alone keep a GPU busy,
+stretches are longer (`least_stretch`), because a program takes its time before its first key and after its last. The
+program that holds the new position writes it into the cache. The last one to finish, whichever it is, joins the parts
+in their order, so the result is the same every time.
 
 What no kernel of the frame changes before its last is read before waiting for the kernel before: norms, orders, and the
 position with its rotary row. Keys and values are not: the Fast AR's are written by kernels that may still be at work.
@@ -58,8 +60,8 @@ def attention_kernel(
     qkv, q_norm, k_norm, table, positions, keys, values, part_sums, part_stats, arrived, place, out,
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
-    SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-    FIRST: tl.constexpr, DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    SINGLE: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Attend; see the module."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -93,7 +95,7 @@ def attention_kernel(
     stretch = BLOCK
     live = 1
     if not SINGLE:
-        stretch = tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512))
+        stretch = tl.maximum(tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512)), LEAST)
         live = position // stretch + 1
     if split < live:
         row = first_row + slot
@@ -226,20 +228,34 @@ def short_kernel(
     tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty))
 
 
-def num_splits(context: int) -> int:
+def least_stretch(rows: int, how: How) -> int:
+    """Say how many positions a program takes at least.
+
+    Args:
+        rows: Rows times key/value heads.
+        how: How kernels are launched.
+
+    Returns:
+        64 to 512: with 512 rows and heads there are four programs for each multiprocessor without any split.
+    """
+    return min(512, 64 << max(0, (rows // 64).bit_length() - 1)) if how.long_stretches else 64
+
+
+def num_splits(context: int, least: int = 64) -> int:
     """Count the programs that a context may need.
 
     Args:
         context: Positions that are looked at, at most.
+        least: Positions of a program, at least.
 
     Returns:
         Splits of the context.
     """
-    most = [-(-min(context, SHORT) // 64)]
+    most = [-(-min(context, SHORT) // max(64, least))]
     if context > SHORT:
-        most.append(-(-min(context, MEDIUM) // 128))
+        most.append(-(-min(context, MEDIUM) // max(128, least)))
     if context > MEDIUM:
-        most.append(-(-context // 512))
+        most.append(-(-context // max(512, least)))
     return max(most)
 
 
@@ -365,7 +381,8 @@ def attention(
             **early_options(how.early),
         )
         return
-    attention_kernel[(batch, kv_heads, num_splits(context))](
+    least = least_stretch(batch * kv_heads, how)
+    attention_kernel[(batch, kv_heads, num_splits(context, least))](
         qkv,
         nothing if layer.q_norm is None else layer.q_norm,
         nothing if layer.k_norm is None else layer.k_norm,
@@ -393,10 +410,12 @@ def attention(
         SPLITS=splits,
         SHORT_=SHORT,
         MEDIUM_=MEDIUM,
+        LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
         FIRST=how.loads_first,
         DEVICE=not INTERPRETED,
         num_warps=how.attention_warps,
+        num_stages=3 if least == 64 else 2,  # of 32 KB: five programs share a multiprocessor, not three
         **early_options(how.early),
     )

@@ -24,6 +24,8 @@ class How:
             find room beside them.
         flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
             and whether a short context's attention has a warp per head.
+        many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
+        long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         attention_warps: Warps of the attention over a long context.
     """
 
@@ -33,6 +35,8 @@ class How:
     loads_first: bool = True
     narrow: bool = True
     flat: bool = True
+    many_rows: bool = True
+    long_stretches: bool = True
     attention_warps: int = 4
 
 

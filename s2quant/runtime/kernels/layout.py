@@ -147,6 +147,43 @@ def pair(first: Packed, second: Packed) -> Packed:
     )
 
 
+def arranged(values: Tensor, kind: Kind) -> Tensor:
+    """Put inputs into the order in which many rows of x are multiplied: side by side what one shift unpacks.
+
+    Args:
+        values: [..., K], in the order of the layout.
+        kind: Of the weight.
+
+    Returns:
+        [..., K]; of each 128 inputs first those of the lowest code of every word.
+    """
+    if kind == "bf16":
+        return values
+    if kind == "w4":  # step half q t s r p -> step r p half q t s
+        ordered = values.reshape(-1, 2, 2, 4, 2, 2, 2).permute(0, 5, 6, 1, 2, 3, 4)
+    else:  # step q t s n p -> step p q s t n
+        ordered = values.reshape(-1, 4, 4, 2, 2, 2).permute(0, 5, 1, 3, 2, 4)
+    return ordered.reshape(values.shape)
+
+
+def arranged_place(place: Tensor | None, kind: Kind, in_features: int, device: torch.device) -> Tensor | None:
+    """Say where each input stands for many rows of x.
+
+    Args:
+        place: int32 [K], where it stands in the order of the layout; None: in order.
+        kind: Of the weight.
+        in_features: K.
+        device: Where the result is wanted.
+
+    Returns:
+        int32 [K]; None: in order.
+    """
+    if kind == "bf16":
+        return place
+    moved = torch.argsort(arranged(torch.arange(in_features, device=device), kind)).to(torch.int32)
+    return moved if place is None else moved[place.long()]
+
+
 def first_outputs(packed: Packed, out_features: int) -> Packed:
     """Keep the first outputs.
 

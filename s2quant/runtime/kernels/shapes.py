@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 from s2quant.runtime.kernels.ptx import STEP
-from s2quant.runtime.kernels.tuned import TABLE
-from s2quant.runtime.kernels.weights import Shape, Weight
+from s2quant.runtime.kernels.tuned import MANY, TABLE
+from s2quant.runtime.kernels.weights import TURN, Block, Shape, Weight
 
 Key = tuple[str, int, int, bool, int]
-"""kind, out_features, in_features, gated, groups of 8 rows."""
+"""kind, out_features, in_features, gated, groups of 8 rows; of many rows, rows of a program."""
 
 TUNED: dict[Key, Shape] = {
     key: Shape(warps=warps, tiles=tiles, depth=depth, columns=columns)
     for key, (warps, tiles, depth, columns) in TABLE.items()
 }
+
+TUNED_MANY: dict[Key, Block] = {
+    key: Block(tiles=tiles, splits=splits, stages=stages, warps=warps)
+    for key, (tiles, splits, stages, warps) in MANY.items()
+}
+PROGRAMS = 192  # of many rows that keep a Hopper GPU of 132 multiprocessors busy
+LEAST_STEPS = {"w4": 4, "w8": 4, "bf16": 8}  # turns of a split
 
 
 def key_of(weight: Weight, columns: int) -> Key:
@@ -97,4 +105,55 @@ def candidates(weight: Weight, columns: int) -> list[Shape]:
         ):
             continue  # many rows of x: read them for several tiles; few rows: have many programs
         found.append(Shape(warps=warps, tiles=tiles, depth=depth, columns=width))
+    return list(dict.fromkeys(found))
+
+
+def block_for(weight: Weight, rows: int) -> Block:
+    """Choose how to cut a linear of many rows up.
+
+    Args:
+        weight: The weight.
+        rows: Rows of x of a program.
+
+    Returns:
+        The measured best, or the rule's.
+    """
+    tuned = TUNED_MANY.get(key_of(weight, rows))
+    return block_rule(weight) if tuned is None else tuned
+
+
+def block_rule(weight: Weight, tiles: int = 8, programs: int = PROGRAMS) -> Block:
+    """Cut a linear of many rows up by rule: blocks of 128 outputs, and as many splits as give work to all.
+
+    Args:
+        weight: The weight.
+        tiles: Tiles of a program.
+        programs: How many there should be at most, if splits make more.
+
+    Returns:
+        The block.
+    """
+    turns = weight.in_features // TURN[weight.kind]
+    wanted = min(programs // -(-weight.num_tiles // tiles), turns // LEAST_STEPS[weight.kind])
+    splits = 1 if weight.gated else max(1, wanted)
+    splits = -(-turns // -(-turns // splits))  # none is left without a turn
+    return Block(tiles=tiles, splits=splits, stages=4 if weight.kind == "bf16" else 3, warps=4 * -(-tiles // 8))
+
+
+def block_candidates(weight: Weight) -> list[Block]:
+    """List the blocks worth trying.
+
+    Args:
+        weight: The weight.
+
+    Returns:
+        The rule's first.
+    """
+    start = block_rule(weight)
+    found = [start]
+    for programs, tiles in product((PROGRAMS, 132, 264), (8, 16)):
+        found.append(block_rule(weight, tiles, programs))
+    found += [replace(start, stages=start.stages + more) for more in (1, -1)]
+    if weight.kind == "bf16" and not weight.gated:  # 128 outputs are of one product
+        found.append(replace(start, warps=8))
     return list(dict.fromkeys(found))

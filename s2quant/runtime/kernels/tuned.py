@@ -63,3 +63,6 @@ TABLE: dict[tuple[str, int, int, bool, int], tuple[int, int, int, int]] = {
     ("w8", 19456, 2560, True, 4): (4, 2, 1, 4),
     ("w8", 19456, 2560, True, 8): (4, 2, 1, 4),
 }
+
+# The same for many rows. Keys: kind, outputs, inputs, gated, rows of a program. Values: tiles, splits, stages, warps.
+MANY: dict[tuple[str, int, int, bool, int], tuple[int, int, int, int]] = {}

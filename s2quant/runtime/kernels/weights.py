@@ -14,6 +14,7 @@ from s2quant.runtime.kernels.layout import Packed
 from s2quant.runtime.kernels.ptx import TILE, Kind
 
 Epilogue = Literal["store", "gate", "residual"]  # see `s2quant.runtime.kernels.linear`
+TURN: dict[str, int] = {"w4": 128, "w8": 128, "bf16": 64}  # inputs of a turn of the loop over many rows
 MOST_COLUMNS = 8  # groups of 8 rows of x that a program takes at once
 
 
@@ -32,6 +33,23 @@ class Shape:
     tiles: int
     depth: int
     columns: int = MOST_COLUMNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """How a linear of many rows is cut up (`s2quant.runtime.kernels.many`).
+
+    Args:
+        tiles: Tiles of 16 outputs of a program; 8 or more, so that each of its products has 64 outputs.
+        splits: Programs that share the inputs; 1 for a gated pair.
+        stages: Turns of the loop whose loads are under way, with the one that is multiplied.
+        warps: Warps of a program.
+    """
+
+    tiles: int
+    splits: int
+    stages: int
+    warps: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,7 +118,7 @@ class Then:
         squares_in: float32 [rows, S], partial sums of squares of the not yet normalised x; None: it needs no scale.
         hidden: float32 [rows, outputs], the hidden vector, added to in place; "residual" only.
         norm: [outputs], weight of the norm that follows; "residual" only.
-        squares_out: float32 [rows, programs], partial sums of squares of the new hidden vector; "residual" only.
+        squares_out: float32 [rows, parts], partial sums of squares of the new hidden vector; "residual" only.
         eps: Of the norm before.
     """
 

@@ -1,0 +1,192 @@
+"""The kernel of many rows against plain PyTorch: in Triton's interpreter here, compiled where there is a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_runtime_kernels import DEVICE, INSIDE, how_of, kernel, poisoned, randn, relative, weight_of
+from torch.nn import functional as F
+
+from s2quant.runtime.kernels.layout import arranged, arranged_place
+
+KINDS = ["w4", "w8", "bf16"]
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-5000:]
+    assert " passed" in found.stdout and "failed" not in found.stdout
+
+
+def block_of(weight, splits=1, tiles=8):
+    from s2quant.runtime.kernels.weights import Block
+
+    return Block(tiles=tiles, splits=splits, stages=3, warps=4)
+
+
+def rounded(matrix):
+    """Give the numbers that are multiplied: a packed weight is rounded once."""
+    return matrix.bfloat16().double()
+
+
+def x_of(rows, in_features):
+    """Give x as it is, padded with numbers that must not matter."""
+    from s2quant.runtime.kernels.choice import padded_rows
+
+    x = torch.full((padded_rows(rows), in_features), 3.0, dtype=torch.bfloat16)
+    x[:rows] = randn(rows, in_features, seed=rows)
+    return x.to(DEVICE)
+
+
+@kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "splits"), [(17, 1), (24, 2), (33, 1), (64, 2), (65, 1)])
+def test_a_product_is_stored_scaled(kind, rows, splits):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, (matrix,) = weight_of(kind, 144, 256, False)
+    squares = (torch.rand(rows, 37) * 100).to(DEVICE)
+    out, x = poisoned(rows, 144), x_of(rows, 256)
+    then = Then(epilogue="store", out=out, squares_in=squares, eps=1e-6)
+    many(weight, arranged(x, kind), rows, then, block_of(weight, splits))
+    scale = (squares.double().sum(1) / 256 + 1e-6).rsqrt()[:, None]
+    assert relative(out, x[:rows].double() @ rounded(matrix).T * scale) < 1e-5
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_larger_groups(kind, group_size):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, (matrix,) = weight_of(kind, 48, 256, False, group_size)
+    out, x = poisoned(19, 48), x_of(19, 256)
+    many(weight, arranged(x, kind), 19, Then(epilogue="store", out=out), block_of(weight))
+    assert relative(out, x[:19].double() @ rounded(matrix).T) < 1e-5
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
+def test_scales_of_bfloat16(kind):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then, Weight
+
+    weight, _ = weight_of(kind, 128, 128, False)
+    scales = weight.second.bfloat16()
+    codes = matrix_with(weight, torch.ones_like(weight.second))
+    wide = matrix_with(weight, scales.float())
+    made = Weight(**{**vars(weight), "second": scales})
+    out, x = poisoned(20, 128), x_of(20, 128)
+    many(made, arranged(x, kind), 20, Then(epilogue="store", out=out), block_of(made))
+    assert relative(out, x[:20].double() @ rounded(wide).T) < 1e-5
+    assert relative(wide, codes) > 0.5
+
+
+def matrix_with(weight, scales):
+    """Read a packed weight back with other scales."""
+    from layout_cases import matrix_of
+
+    from s2quant.runtime.kernels.layout import Packed
+
+    return matrix_of(
+        Packed(
+            words=weight.first, scales=scales, order=None, out_features=weight.out_features,
+            in_features=weight.in_features, group_size=weight.group_size, bits=4 if weight.kind == "w4" else 8,
+        )
+    )  # fmt: skip
+
+
+@kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "out_features"), [(25, 64), (40, 96)])
+def test_a_pair_is_gated_and_put_in_the_next_linear_s_order(kind, rows, out_features):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, (first, second) = weight_of(kind, out_features, 128, True)
+    place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
+    out, x = poisoned(rows, out_features, dtype=torch.bfloat16), x_of(rows, 128)
+    many(weight, arranged(x, kind), rows, Then(epilogue="gate", out=out, place=place), block_of(weight))
+    wide = x[:rows].double()
+    exact = F.silu(wide @ rounded(first).T) * (wide @ rounded(second).T)
+    assert relative(out[:, place.long()], exact) < 6e-3
+
+
+@kernel
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_residual_prepares_the_next_norm(kind, splits):
+    from s2quant.runtime.kernels.choice import num_sums
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    rows, out_features = 18, 144
+    weight, (matrix,) = weight_of(kind, out_features, 256, False)
+    block = block_of(weight, splits)
+    hidden, norm = randn(rows, out_features).to(DEVICE), randn(out_features, seed=1).bfloat16().to(DEVICE)
+    before, x = hidden.double(), x_of(rows, 256)
+    place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
+    out, squares = poisoned(rows, out_features, dtype=torch.bfloat16), poisoned(rows, num_sums(weight, block))
+    then = Then(epilogue="residual", out=out, place=place, hidden=hidden, norm=norm, squares_out=squares)
+    parts = poisoned(2 * rows * out_features)
+    many(weight, arranged(x, kind), rows, then, block, parts=parts)
+    exact = before + x[:rows].double() @ rounded(matrix).T
+    assert relative(hidden, exact) < 1e-6
+    assert relative(squares.sum(1), exact.square().sum(1)) < 1e-6
+    assert relative(out[:, place.long()], exact * norm.double()) < 6e-3
+
+
+@kernel
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_their_number():
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, _ = weight_of("w4", 128, 256, False)
+    x = arranged(x_of(64, 256), "w4")
+    found = []
+    for rows in (64, 40):
+        out = poisoned(rows, 128)
+        many(weight, x, rows, Then(epilogue="store", out=out), block_of(weight, 2))
+        found.append(out[:40])
+        x[41:] = 5.0
+    assert torch.equal(*found)
+
+
+@kernel
+def test_the_number_of_rows_chooses_the_kernel():
+    from s2quant.runtime.kernels.choice import FEWEST_MANY, multiply, padded_rows, plan_for
+    from s2quant.runtime.kernels.weights import Block, Shape, Then
+
+    weight, (matrix,) = weight_of("w4", 64, 128, False)
+    assert isinstance(plan_for(weight, FEWEST_MANY - 1), Shape) and isinstance(plan_for(weight, FEWEST_MANY), Block)
+    assert isinstance(plan_for(weight, 64, how_of(many_rows=False)), Shape)
+    assert [padded_rows(rows) for rows in (1, 16, 17, 33, 65)] == [8, 16, 32, 64, 128]
+    for rows in (16, 17):
+        out, x = poisoned(rows, 64), x_of(rows, 128)
+        ordered = arranged(x, "w4") if rows == 17 else x
+        multiply(weight, ordered, rows, Then(epilogue="store", out=out), plan_for(weight, rows))
+        exact = rounded(matrix) if rows == 17 else matrix.double()
+        assert relative(out, x[:rows].double() @ exact.T) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_inputs_stand_is_how_they_are_arranged(kind):
+    values = torch.randn(3, 384)
+    order = torch.randperm(384)
+    place = torch.argsort(order).int()  # input order[n] stands at n
+    moved = arranged_place(place, kind, 384, values.device)
+    wanted, found = arranged(values[:, order], kind), torch.empty_like(values)
+    found[:, moved.long()] = values
+    assert torch.equal(found, wanted)
+    natural = arranged_place(None, kind, 384, values.device)
+    assert (natural is None) == (kind == "bf16")
+    if natural is not None:
+        found[:, natural.long()] = values
+        assert torch.equal(found, arranged(values, kind)) and not torch.equal(found, values)
