@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
+from s2quant.files import read_text
 from s2quant.quantize.plan import Plan
 
 BASE_MODEL = "fishaudio/s2-pro"
@@ -22,6 +25,54 @@ LICENSE_NOTICE = (
     "non-commercial use, any commercial use needs a licence from Fish Audio. Built with Fish Audio. "
     "s2quant itself is Apache-2.0, which does not extend to the weights."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence:
+    """What a card says of the licence of the weights.
+
+    Args:
+        fields: For its metadata block, the base model among them.
+        notice: In words.
+    """
+
+    fields: Mapping[str, str]
+    notice: str
+
+
+FISH = Licence(
+    fields={
+        "base_model": BASE_MODEL,
+        "license": "other",
+        "license_name": LICENSE_NAME,
+        "license_link": LICENSE_LINK,
+    },
+    notice=LICENSE_NOTICE,
+)
+
+
+def licence_of(folder: Path) -> Licence:
+    """Say which licence weights made from a checkpoint carry: the one its own card names, else that of S2 Pro.
+
+    Args:
+        folder: The checkpoint folder.
+
+    Returns:
+        The licence.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return FISH
+    known = ModelCard(read_text(card), ignore_metadata_errors=True).data.to_dict()
+    name = known.get("license")
+    if not isinstance(name, str) or name == "other":
+        return FISH
+    base = known.get("base_model", folder.absolute().name)
+    notice = (
+        f"The weights carry the licence of {base}, from which they were made: {name}. s2quant itself is Apache-2.0."
+    )
+    return Licence(fields={"base_model": str(base), "license": name}, notice=notice)
+
 
 _TEMPLATE = """---
 {{ data }}
@@ -63,7 +114,11 @@ calibration: {{ calibration }}. `manifest.json` names versions, device, seed and
 
 
 def model_card(
-    plan: Plan, records: Sequence[Mapping[str, Any]], calibration: str, quantization: Mapping[str, Any]
+    plan: Plan,
+    records: Sequence[Mapping[str, Any]],
+    calibration: str,
+    quantization: Mapping[str, Any],
+    licence: Licence = FISH,
 ) -> str:
     """Write the card of a quantized checkpoint.
 
@@ -72,16 +127,14 @@ def model_card(
         records: One per quantized module.
         calibration: One sentence about the calibration set.
         quantization: The quantization_config.
+        licence: Of the weights.
 
     Returns:
         README.md with its metadata block.
     """
     data = ModelCardData(
-        base_model=BASE_MODEL,
+        **licence.fields,
         base_model_relation="quantized",
-        license="other",
-        license_name=LICENSE_NAME,
-        license_link=LICENSE_LINK,
         pipeline_tag="text-to-speech",
         tags=["text-to-speech", "gptq", "s2quant", f"{quantization['bits']}-bit"],
     )
@@ -93,7 +146,7 @@ def model_card(
         data=data.to_yaml(),
         title=f"{plan.recipe.name}, made with s2quant",
         description=plan.recipe.description.strip(),
-        notice=LICENSE_NOTICE,
+        notice=licence.notice,
         quantized=len(plan.quantized),
         linears=len(plan.quantized) + len(plan.dense_linears),
         num_tensors=plan.num_tensors,

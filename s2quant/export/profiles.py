@@ -26,7 +26,7 @@ from s2quant.checkpoint.layout import expected_tensors
 from s2quant.checkpoint.reader import PACKED, Checkpoint, Module, open_checkpoint, scan
 from s2quant.checkpoint.writer import ShardWriter, carry_files, check_carried
 from s2quant.errors import UserError, VerificationError
-from s2quant.export.card import LICENSE_NOTICE
+from s2quant.export.card import licence_of
 from s2quant.export.config_files import describe_modules, merged_config
 from s2quant.export.engines import ENGINES, engine_config, engine_notes, read_packings, split_names
 from s2quant.export.tensors import Convert, dequantized, is_split, packed, split
@@ -93,7 +93,7 @@ def export_checkpoint(model: Path, out: Path, profile: Profile) -> list[str]:
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         if quantization is not None:
             write_json(folder / "quantize_config.json", quantization)
-        (folder / "README.md").write_text(_readme(model.name, profile, notes), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(model, profile, notes), encoding="utf-8")
         record = manifest("export", {"model": folder_hashes(model)}, "cpu", None, profile=profile)
         write_json(folder / "manifest.json", record | {"files_sha256": folder_hashes(folder)})
         _verify(folder, checkpoint, profile)
@@ -197,8 +197,11 @@ def _dense(module: Module, name: str, tensors: list[Tensor]) -> Tensor:
     return weight.dequantize(torch.float32)
 
 
-def _readme(name: str, profile: str, notes: list[str]) -> str:
+def _readme(model: Path, profile: str, notes: list[str]) -> str:
     said = "".join(f"It {note}.\n\n" for note in notes)
+    terms = licence_of(model)
+    fields = "".join(f"{key}: {value}\n" for key, value in terms.fields.items())
     return (
-        f"# {name}, profile {profile}\n\n{PROFILES[profile].what}\n\n{said}Exported by s2quant.\n\n{LICENSE_NOTICE}\n"
+        f"---\n{fields}---\n\n# {model.name}, profile {profile}\n\n{PROFILES[profile].what}\n\n{said}"
+        f"Exported by s2quant.\n\n{terms.notice}\n"
     )

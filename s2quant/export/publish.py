@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError
-from s2quant.export.card import BASE_MODEL, LICENSE_LINK, LICENSE_NAME, LICENSE_NOTICE
+from s2quant.export.card import FISH, Licence, licence_of
 from s2quant.files import atomic_folder, check_new, read_json, read_text
 
 RESULTS_VERSION = 1
@@ -63,14 +63,15 @@ def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -
     checkpoint = open_checkpoint(model)
     results = None if evaluation is None else _results(evaluation, checkpoint.folder)
     readme = model / "README.md"
-    card = hub_card(read_text(readme) if readme.is_file() else "", model.absolute().name, results)
+    terms = licence_of(model)
+    card = hub_card(read_text(readme) if readme.is_file() else "", model.absolute().name, results, terms)
     with atomic_folder(out) as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True, copy_function=_link)
         (folder / "README.md").unlink(missing_ok=True)  # a link: writing through it would change the source
         (folder / "README.md").write_text(card, encoding="utf-8")
-        notice = f"{LICENSE_NOTICE}\n\nBuilt with Fish Audio\n{LICENSE_NAME}: {LICENSE_LINK}\n"
+        said = "".join(f"{name}: {value}\n" for name, value in terms.fields.items())
         (folder / "NOTICE").unlink(missing_ok=True)
-        (folder / "NOTICE").write_text(notice, encoding="utf-8")
+        (folder / "NOTICE").write_text(f"{terms.notice}\n\n{said}", encoding="utf-8")
     files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     return Upload(folder=out, files=files, repo=repo)
 
@@ -103,13 +104,14 @@ def push(upload: Upload, api: HfApi | None = None) -> str:
     return str(commit)
 
 
-def hub_card(text: str, name: str, results: Mapping[str, Any] | None) -> str:
+def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: Licence = FISH) -> str:
     """Put licence, base model and the measured table into a model card; an earlier table is replaced.
 
     Args:
         text: The card so far; may be empty.
         name: Name of the model.
         results: The object in results.json, or None.
+        licence: Of the weights.
 
     Returns:
         README.md with its metadata block.
@@ -117,17 +119,11 @@ def hub_card(text: str, name: str, results: Mapping[str, Any] | None) -> str:
     body = ModelCard(text, ignore_metadata_errors=True).text.strip() if text else f"# {name}"
     if START in body and END in body:
         body = (body[: body.index(START)] + body[body.index(END) + len(END) :]).strip()
-    if LICENSE_NOTICE not in body:
-        body = f"{body}\n\n{LICENSE_NOTICE}"
+    if licence.notice not in body:
+        body = f"{body}\n\n{licence.notice}"
     known = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
     known.pop("model-index", None)
-    fields = known | {
-        "base_model": BASE_MODEL,
-        "license": "other",
-        "license_name": LICENSE_NAME,
-        "license_link": LICENSE_LINK,
-        "pipeline_tag": "text-to-speech",
-    }
+    fields = known | dict(licence.fields) | {"pipeline_tag": "text-to-speech"}
     evaluated = {} if results is None else {"model_name": name, "eval_results": _eval_results(results)}
     data = ModelCardData(**fields, **evaluated)
     measured = "Speech was not measured." if results is None else measured_table(results)

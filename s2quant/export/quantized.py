@@ -29,7 +29,7 @@ from s2quant.export.calibration import (
     split_batches,
     stored_set,
 )
-from s2quant.export.card import model_card
+from s2quant.export.card import licence_of, model_card
 from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.memory import LOW_MEMORY_SHARD_BYTES, LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
@@ -267,7 +267,8 @@ def _write(
         carry_files(options.model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         write_json(folder / "quantize_config.json", quantization)
-        (folder / "README.md").write_text(model_card(plan, records, sentence, quantization), encoding="utf-8")
+        card = model_card(plan, records, sentence, quantization, licence_of(options.model))
+        (folder / "README.md").write_text(card, encoding="utf-8")
         details = folder / DETAILS
         details.mkdir()
         (details / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")

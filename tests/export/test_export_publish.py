@@ -14,6 +14,7 @@ import sample
 
 from s2quant.cli import main
 from s2quant.errors import UserError
+from s2quant.export.card import FISH, licence_of
 from s2quant.export.publish import START, hub_card, prepare, push
 from s2quant.records import folder_hashes
 
@@ -92,3 +93,16 @@ def test_refusals(tiny_quantized: Path, tmp_path: Path, run: Path, capsys: pytes
     with pytest.raises(UserError, match="version None"):
         prepare(tiny_quantized, tmp_path / "hub", run, None)
     assert not (tmp_path / "hub").exists()
+
+
+def test_the_licence_is_that_of_the_checkpoint_it_was_made_from(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) == FISH
+    (tmp_path / "README.md").write_text("# A card without a licence\n", encoding="utf-8")
+    assert licence_of(tmp_path) == FISH
+    (tmp_path / "README.md").write_text("---\nlicense: other\n---\n", encoding="utf-8")
+    assert licence_of(tmp_path) == FISH
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: mine\n---\n", encoding="utf-8")
+    found = licence_of(tmp_path)
+    assert found.fields == {"base_model": "mine", "license": "apache-2.0"}
+    card = hub_card("", "it", None, found)
+    assert "license: apache-2.0" in card and "Fish" not in card and "mine" in card

@@ -326,14 +326,23 @@ class Trainer:
         """One batch of the sizes trained with."""
         return rows.draw(self.batch, self.num_targets, self.config, self.generator, wrong, easy)
 
-    def train(self, rows: Rows, check: Rows, budget: Budget, muon_rate: float, adam_rate: float, save: Any) -> None:
+    def train(
+        self,
+        rows: Rows,
+        check: Rows,
+        budget: Budget,
+        muon_rate: float,
+        adam_rate: float,
+        save: Any,
+        easy_until: float = EASY_UNTIL,
+    ) -> None:
         """Train for a stretch of time; `save()` is called now and then, and at the end."""
         step, saved, best = Step(self._step, self.log), 0.0, math.inf
         while not budget.over:
             factor = cosine(budget.fraction)
             self.rate.fill_(adam_rate * factor)
             self.muon_rate.fill_(muon_rate * factor)
-            out = step(**self.draw(rows, easy=budget.fraction < EASY_UNTIL))
+            out = step(**self.draw(rows, easy=budget.fraction < easy_until))
             budget.steps += 1
             if budget.steps % 200 == 0:
                 self.log("train", step=budget.steps, part_done=budget.fraction, **{k: float(v) for k, v in out.items()})

@@ -39,7 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("/tmp/s2-mini-work"))
     parser.add_argument("--flite", type=Path, default=Path("/usr/lib/x86_64-linux-gnu"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--total", type=float, default=900, help="seconds for everything, the judge at the end included")
+    parser.add_argument(
+        "--total", type=float, default=900, help="seconds for everything, the judge at the end included"
+    )
     parser.add_argument("--recognizer-until", type=float, default=175)
     parser.add_argument("--codec-until", type=float, default=290)
     parser.add_argument("--dual-until", type=float, default=572)
@@ -295,8 +297,9 @@ def run_dual(part: Part) -> None:
             path.replace(folder / path.name)
 
     part.log("training begins", rows=rows.refresh())
-    again = 0.3 if args.dual_from else 1.0
-    trainer.train(rows, check, part.until(args.dual_until), 0.02 * again, 1.5e-3 * again, save)
+    again, easy_until = (0.3, 0.0) if args.dual_from else (1.0, dual.EASY_UNTIL)
+    until = part.until(args.dual_until)
+    trainer.train(rows, check, until, 0.02 * again, 1.5e-3 * again, save, easy_until)
     if builder.poll() is None:  # no time was left for all shifts
         builder.terminate()
     (part.work / "dual.done").touch()
