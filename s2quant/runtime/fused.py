@@ -46,7 +46,7 @@ class FusedFrame:
         num_slots: B at most.
         residual_size: Entries of a residual codebook.
         max_context: Positions at most.
-        how: How kernels are launched; None: early, and with all that makes them faster.
+        how: How kernels are launched; None: as measured to be fastest.
     """
 
     def __init__(
@@ -54,9 +54,12 @@ class FusedFrame:
     ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
         from s2quant.runtime.kernels.choice import padded_rows
-        from s2quant.runtime.kernels.launch import EARLY
+        from s2quant.runtime.kernels.launch import MEASURED, MEASURED_DENSE
+        from s2quant.runtime.triton_linear import TritonLinear
 
-        self.model, self.config, self.how = model, model.config, EARLY if how is None else how
+        is_dense = not any(isinstance(module, TritonLinear) for module in model.modules())
+        self.model, self.config = model, model.config
+        self.how = how or (MEASURED_DENSE if is_dense else MEASURED)
         self.residual_size = residual_size
         slow, fast = model.slow, model.fast
         config, device = model.config.slow, slow.embeddings.weight.device

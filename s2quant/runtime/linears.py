@@ -154,7 +154,8 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
     Args:
         weight: The quantized weight, already on its device.
         dtype: The model's dtype.
-        backend: "auto", "reference", "int4" or "triton".
+        backend: "auto", "reference", "int4" or "triton"; auto in bf16 is triton on a Hopper GPU, else int4, where they
+            take the weight, and otherwise the reference.
 
     Returns:
         The linear; `.backend` names what was chosen.
@@ -164,7 +165,7 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
     """
     if backend not in BACKENDS:
         raise UserError(f"linear backend {backend!r}", f"one of {', '.join(BACKENDS)}", "name one of these")
-    if backend == "triton":
+    if backend == "triton" or (backend == "auto" and dtype == torch.bfloat16 and _is_triton_best(weight)):
         return _triton_linear(weight)
     obstacle = int4_obstacle(weight)
     if backend == "int4" and obstacle:
@@ -172,6 +173,16 @@ def make_linear(weight: QuantizedWeight, dtype: torch.dtype, backend: Backend = 
     if backend == "reference" or obstacle or (backend == "auto" and dtype != torch.bfloat16):
         return ReferenceLinear(weight)
     return Int4Linear(weight)
+
+
+def _is_triton_best(weight: QuantizedWeight) -> bool:
+    """Whether its kernels take the weight on a GPU where they are known to be right and the fastest."""
+    from s2quant.runtime.triton_linear import HOPPER, weight_obstacle
+
+    device = weight.codes.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER[0]:
+        return False
+    return weight_obstacle(weight) is None
 
 
 def _triton_linear(weight: QuantizedWeight) -> QuantizedLinear:

@@ -98,6 +98,7 @@ class TritonLinear(QuantizedLinear):
         """
         from s2quant.runtime.kernels.choice import is_many, multiply, padded_rows, plan_for
         from s2quant.runtime.kernels.dequantize import dequantize
+        from s2quant.runtime.kernels.launch import MEASURED
         from s2quant.runtime.kernels.layout import arranged
         from s2quant.runtime.kernels.weights import Then, Weight
 
@@ -111,9 +112,10 @@ class TritonLinear(QuantizedLinear):
         weight = Weight.of(self.packed)
         out = torch.empty(count, self.out_features, dtype=torch.bfloat16, device=x.device)
         if count:
-            rows = arranged(rows, weight.kind) if is_many(count) else rows
+            rows = arranged(rows, weight.kind) if is_many(count, MEASURED) else rows
             padded = F.pad(rows, (0, 0, 0, padded_rows(count) - count))
-            multiply(weight, padded.contiguous(), count, Then(epilogue="store", out=out), plan_for(weight, count))
+            plan = plan_for(weight, count, MEASURED)
+            multiply(weight, padded.contiguous(), count, Then(epilogue="store", out=out), plan)
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 

@@ -1,11 +1,14 @@
 """Quantized linears: the reference is exact, int4 is within its rounding, and a choice is never silent."""
 
+from types import SimpleNamespace
+
 import pytest
 import runtime_cases as cases
 import torch
 from torch.nn import functional as F
 
 from s2quant.errors import UserError
+from s2quant.runtime import linears
 from s2quant.runtime.linears import Int4Linear, ReferenceLinear, int4_obstacle, make_linear
 
 SHAPES = [(16, 32), (48, 128), (64, 192), (80, 256), (256, 96), (128, 9728)]
@@ -121,6 +124,21 @@ def test_int4_by_name_says_what_it_cannot_take_and_auto_takes_the_reference(opti
     assert "reference" in error.value.todo
     linear = make_linear(weight, torch.bfloat16, "auto")
     assert isinstance(linear, ReferenceLinear) and linear.backend == "reference"
+
+
+@pytest.mark.parametrize(("capability", "obstacle", "backend"), [
+    ((9, 0), None, "triton"), ((9, 0), "no", "int4"), ((8, 9), None, "int4"), ((10, 0), None, "int4"),
+])  # fmt: skip
+def test_auto_is_triton_where_it_was_measured(capability, obstacle, backend, monkeypatch):
+    weight = SimpleNamespace(codes=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("s2quant.runtime.triton_linear.weight_obstacle", lambda weight: obstacle)
+    monkeypatch.setattr(linears, "_triton_linear", lambda weight: "triton")
+    monkeypatch.setattr(linears, "int4_obstacle", lambda weight: None)
+    monkeypatch.setattr(linears, "Int4Linear", lambda weight: "int4")
+    assert make_linear(weight, torch.bfloat16) == backend
+    monkeypatch.setattr(linears, "ReferenceLinear", lambda weight: "reference")
+    assert make_linear(weight, torch.float32) == "reference"
 
 
 def test_auto_is_int4_in_bf16_and_exact_otherwise():

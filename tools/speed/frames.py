@@ -227,11 +227,12 @@ def plain_logits(model: DualAR, tokens: Tensor, prompt: int) -> tuple[Tensor, Te
 
 @torch.inference_mode()
 def fused_logits(
-    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1
+    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1, how: How = EARLY
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Feed the fused decoder; of the last of slots that all hear the same: float32 logits [F, C], columns drawn
     [F, 1+N], logits of the last codebook [F, R]."""
     decoder = FastDecoder(model, slots, tokens.shape[1], residual, graphs=None, fused=True)
+    decoder._fused = FusedFrame(model, slots, residual, decoder.max_positions, how)
     decoder.seat(0, torch.Generator(decoder.device).manual_seed(3), Sampling(), ignore_end=False)
     decoder.begin(0, tokens[:, :prompt], 0)
     for slot in range(1, slots):
@@ -318,9 +319,9 @@ def graph_is_eager(model: DualAR, batch: int, position: int, residual: int, fram
     """Draw the same frames with and without a graph, and one row alone: how many columns differ."""
     drawn = []
     for graphs in (False, None):
-        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs)
+        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs, how=EARLY)
         drawn.append(torch.stack([decoder.launch(batch).columns() for _ in range(frames)]))
-    alone = seated(model, 1, position, residual, fused=True, graphs=None)
+    alone = seated(model, 1, position, residual, fused=True, graphs=None, how=EARLY)
     keys = seated(model, batch, position, residual, fused=False, graphs=False)
     alone.cache.keys[:, :1], alone.cache.values[:, :1] = keys.cache.keys[:, :1], keys.cache.values[:, :1]
     single = torch.stack([alone.launch(1).columns() for _ in range(frames)])

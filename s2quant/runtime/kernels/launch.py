@@ -40,7 +40,11 @@ class How:
     attention_warps: int = 4
 
 
-EARLY = How(early=True)
+EARLY = How(early=True)  # all of it
+# What is used: the kernels that have run right on a GPU. Those of many rows have not run on one yet. Early starts win
+# 0.33 ms of a W4A16 frame and cost a bf16 frame 0.24 (reports/2026-11-26-speed).
+MEASURED = How(early=True, many_rows=False, long_stretches=False)
+MEASURED_DENSE = How(early=False, many_rows=False, long_stretches=False)
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
 
 
