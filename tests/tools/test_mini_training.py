@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soxr
 import torch
-from mini import codec, common, dual, prompts, speech
+from mini import codec, codec_losses, common, dual, prompts, speech
 from mini.grammar import words_of
 from mini.tokenizer import write_tokenizer
 from mini_cases import write_parts
@@ -158,9 +158,38 @@ def test_the_codec_learns_and_loads(data: Path, log: common.Log, tmp_path: Path)
     assert len(codec.entropies(codes)) == 10
 
 
+@pytest.mark.parametrize("pitch", [80.0, 129.0, 172.0, 300.0])
+def test_pitch_is_read_off_the_sound(pitch: float) -> None:
+    time = torch.arange(2048 * 12) / 44100
+    voice = torch.stack([torch.sin(2 * np.pi * pitch * k * time) / k for k in range(1, 9)]).sum(0) * 0.1
+    bins, voiced = codec_losses.pitch_labels(voice[None, None])
+    low, high = codec_losses.PITCH_HZ
+    found = high * (high / low) ** (-(bins[0].double() + 0.5) / codec_losses.PITCH_BINS)
+    assert voiced.all() and (found[1:-1] / pitch - 1).abs().max() < 0.04
+    torch.manual_seed(0)
+    assert not codec_losses.pitch_labels(0.1 * torch.randn(1, 1, 2048 * 12))[1].any()
+    assert not codec_losses.pitch_labels(torch.zeros(1, 1, 2048 * 12))[1].any()
+
+
+def test_half_of_the_rows_are_played_faster_or_slower(log: common.Log) -> None:
+    trainer = codec.Trainer(SMALL_CODEC, "cpu", 0, log, False, 12, 16)
+    frames, pitch = 400, 400.0
+    tone = torch.sin(2 * np.pi * pitch * torch.arange(frames * 2048, dtype=torch.float64) / 44100)
+    labels = torch.arange(frames * 4, dtype=torch.int64).view(frames, 4) // 8  # rises by 1 in two frames
+    drawn = trainer.draw((tone * 20000).short().view(frames, 2048), labels, np.arange(frames))
+    size = 16 * 2048
+    peaks = torch.fft.rfft(drawn["wav"][:, 0] * torch.hann_window(size), 4 * size).abs().argmax(1) * 44100 / (4 * size)
+    speeds = peaks / pitch
+    assert 2 <= ((speeds - 1).abs() < 0.002).sum() <= 10
+    assert speeds.min() > np.exp(-codec.BENT) - 0.01 and speeds.max() < np.exp(codec.BENT) + 0.01
+    assert (speeds.max() - speeds.min()) > 0.1
+    rise = (drawn["labels"][:, -1, -1] - drawn["labels"][:, 0, 0]).float()
+    assert (rise - speeds * 63 / 8).abs().max() <= 1.01
+
+
 def test_mel_bands_are_means() -> None:
-    for window, bands in codec.SCALES:
-        matrix = codec.mel_bands(window, bands)
+    for window, bands in codec_losses.SCALES:
+        matrix = codec_losses.mel_bands(window, bands)
         assert matrix.shape == (bands, window // 2 + 1)
         assert torch.allclose(matrix.sum(1), torch.ones(bands))
 
