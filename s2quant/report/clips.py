@@ -15,7 +15,7 @@ from s2quant.report.sound import Clip, audio_uri, read_clip, spectrogram_uri
 from s2quant.report.tables import Cell, Table
 
 MAX_WORST = 20
-NUM_SAMPLES = 10
+NUM_SAMPLES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
