@@ -85,7 +85,7 @@ def test_loading_holds_nothing_twice(larger, tiny_folder, quantized_folder, kind
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     grown, held = json.loads(done.stdout)
     assert held > 150e6
-    assert 0.9 * held < grown < 1.3 * held, grown / held
+    assert 0.9 * held < grown < 1.6 * held, grown / held  # 1.0 to 1.3 seen; a second copy makes it 2
 
 
 def test_shards_are_let_go_as_they_are_read(larger, monkeypatch):
