@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps resemblyzer
 	touch $(STAMP)
 
-# The main job on the tiny checkpoint: quantize, inspect, speak.
+# The main job on the bundled checkpoint: quantize, inspect, speak, evaluate, report.
 demo: $(STAMP)
 	rm -rf demo
 	$(BIN)/s2quant demo --out demo

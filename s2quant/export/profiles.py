@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from torch import Tensor
 
@@ -200,8 +201,8 @@ def _dense(module: Module, name: str, tensors: list[Tensor]) -> Tensor:
 def _readme(model: Path, profile: str, notes: list[str]) -> str:
     said = "".join(f"It {note}.\n\n" for note in notes)
     terms = licence_of(model)
-    fields = "".join(f"{key}: {value}\n" for key, value in terms.fields.items())
+    fields = ModelCardData(**terms.fields).to_yaml()
     return (
-        f"---\n{fields}---\n\n# {model.name}, profile {profile}\n\n{PROFILES[profile].what}\n\n{said}"
+        f"---\n{fields}\n---\n\n# {model.name}, profile {profile}\n\n{PROFILES[profile].what}\n\n{said}"
         f"Exported by s2quant.\n\n{terms.notice}\n"
     )

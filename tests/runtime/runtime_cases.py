@@ -5,10 +5,13 @@ generator imports it too.
 """
 
 import hashlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -91,3 +94,12 @@ def quantized_weight(out_features, in_features, group_size=32, bits=4, seed=0, s
         bits=bits,
         group_size=group_size,
     )
+
+
+def passes_in_the_interpreter(path):
+    """Run a test file in a process in which Triton interprets its kernels."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-5000:]
+    assert " passed" in found.stdout and "failed" not in found.stdout

@@ -1,8 +1,6 @@
 """Whole fused frames of a very small model against the plain decoder: in Triton's interpreter, or on a GPU."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import runtime_cases as cases
@@ -23,11 +21,7 @@ RESIDUAL = 64
 
 @pytest.mark.skipif(INSIDE, reason="this is the process")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-5000:]
-    assert " passed" in found.stdout and "failed" not in found.stdout
+    cases.passes_in_the_interpreter(__file__)
 
 
 def models(bits_of):
@@ -70,17 +64,19 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-@pytest.mark.parametrize("slots", [1, 12, 24])
+@pytest.mark.parametrize(("slots", "everything"), [(1, True), (12, True), (24, True), (24, False)])
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
-def test_frames_are_the_plain_decoder_s(checkpoint, slots, monkeypatch):
+def test_frames_are_the_plain_decoder_s(checkpoint, slots, everything, monkeypatch):
     from s2quant.runtime.kernels import shapes
+    from s2quant.runtime.kernels.launch import EARLY
     from tools.speed import frames
 
+    how = EARLY if everything else None  # None: as the decoder launches by itself
     monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)  # so that the inputs of so small a model are split too
     plain, packed = models(CHECKPOINTS[checkpoint])
     tokens = frames.forced_tokens(plain.config, 6, 1)
     logits, hidden = frames.plain_logits(plain, tokens, 6)
-    fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL, slots)
+    fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL, slots, how)
     plain_last = frames.fast_last_logits(plain, hidden, drawn[:, 1:].to(DEVICE), RESIDUAL)
     for ours, theirs in ((fused, logits), (last, plain_last)):
         assert torch.isfinite(ours).all() and ours.shape == theirs.shape
@@ -88,5 +84,15 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, monkeypatch):
     assert (drawn[:, 2:] < RESIDUAL).all() and (drawn >= 0).all()
 
 
+@pytest.mark.parametrize(("checkpoint", "early"), [("bf16", False), ("4 bits, but w2, and an 8-bit Fast AR", True)])
+def test_what_has_not_run_on_a_gpu_is_not_used(checkpoint, early):
+    from s2quant.runtime.fast import FastDecoder
+
+    frame = FastDecoder(models(CHECKPOINTS[checkpoint])[1], 1, 16, RESIDUAL, graphs=None, fused=True)._fused
+    assert frame is not None
+    assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, False, False)
+
+
 if not INSIDE:
+    test_what_has_not_run_on_a_gpu_is_not_used = NEEDED(test_what_has_not_run_on_a_gpu_is_not_used)
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

@@ -4,8 +4,6 @@ Whether triton interprets is decided when it is imported, so the tests of the in
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import runtime_cases as cases
@@ -32,11 +30,7 @@ def kernel(test):
 
 @pytest.mark.skipif(INSIDE, reason="this is the process")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-5000:]
-    assert " passed" in found.stdout and "failed" not in found.stdout
+    cases.passes_in_the_interpreter(__file__)
 
 
 def relative(ours, exact):

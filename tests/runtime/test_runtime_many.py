@@ -1,10 +1,7 @@
 """The kernel of many rows against plain PyTorch: in Triton's interpreter here, compiled where there is a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import runtime_cases as cases
 import torch
 from test_runtime_kernels import DEVICE, INSIDE, how_of, kernel, poisoned, randn, relative, weight_of
 from torch.nn import functional as F
@@ -16,11 +13,7 @@ KINDS = ["w4", "w8", "bf16"]
 
 @pytest.mark.skipif(INSIDE, reason="this is the process")
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-5000:]
-    assert " passed" in found.stdout and "failed" not in found.stdout
+    cases.passes_in_the_interpreter(__file__)
 
 
 def block_of(weight, splits=1, tiles=8):

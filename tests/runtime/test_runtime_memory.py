@@ -82,10 +82,15 @@ def test_loading_holds_nothing_twice(larger, tiny_folder, quantized_folder, kind
     rehearsal = tiny_folder if kind == "bf16" else quantized_folder
     words = [sys.executable, "-c", PEAK, str(rehearsal), str(larger / kind), dtype]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    grown, held = json.loads(done.stdout)
-    assert held > 150e6
-    assert 0.9 * held < grown < 1.6 * held, grown / held  # 1.0 to 1.3 seen; a second copy makes it 2
+    found = []
+    for _ in range(3):  # what runs beside a process can only raise its peak; a second copy is there every time
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        grown, held = json.loads(done.stdout)
+        assert held > 150e6
+        found.append(grown / held)
+        if found[-1] < 1.3:
+            break
+    assert 0.9 < min(found) < 1.3, found
 
 
 def test_shards_are_let_go_as_they_are_read(larger, monkeypatch):

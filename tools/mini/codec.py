@@ -1,11 +1,14 @@
-"""The small codec: the released one's topology, trained on frames of speech with a mel loss and a phoneme classifier.
+"""The small codec: the released one's topology, trained on frames of speech with losses on mel bands and harmonics.
 
-Legend: B rows, F frames of 2048 samples at 44.1 kHz, D latent width, d codebook width, N codebooks, P phonemes.
+Legend: B rows, F frames of 2048 samples at 44.1 kHz, D latent width, d codebook width, N codebooks.
 
 Rows are runs of consecutive utterances. Training begins as a plain autoencoder; then the codebooks are laid out on
 the latents it has (principal directions and k-means, stage by stage) and switched in. The classifier reads what the
 first codebook keeps, so that this codebook carries the words, which are what the Slow AR has to predict. It reads
 directions only, as the search does: reading lengths, it made them grow without end.
+
+Another classifier reads the pitch off the whole latent, harmonics count beside mel bands, and half of the rows are
+played faster or slower: without these the codec spoke each voice at one pitch.
 
 Entries are running means of the points that chose them, not learned by gradients: Adam moves an entry by the learning
 rate whatever its length, and points of length 14 left entries behind that moved 0.001 a step.

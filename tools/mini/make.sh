@@ -2,7 +2,7 @@
 # Both stages of s2-mini, from nothing to the two model folders: tools/mini/make.sh OUT MODELS [SEED [OPTION ...]]
 #
 # OUT/first   data, recognizer, codec and Dual-AR (9.5 minutes of an H200 with 16 cores)
-# OUT/second  recognizer and Dual-AR go on, on other sentences; the judge at the end (9 minutes)
+# OUT/second  recognizer and Dual-AR go on, on other sentences (7 minutes); then the judge
 # Options are train.py's and go to both stages, such as --flite DIR or --small.
 set -eu
 

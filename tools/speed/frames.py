@@ -227,12 +227,13 @@ def plain_logits(model: DualAR, tokens: Tensor, prompt: int) -> tuple[Tensor, Te
 
 @torch.inference_mode()
 def fused_logits(
-    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1, how: How = EARLY
+    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1, how: How | None = EARLY
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Feed the fused decoder; of the last of slots that all hear the same: float32 logits [F, C], columns drawn
     [F, 1+N], logits of the last codebook [F, R]."""
     decoder = FastDecoder(model, slots, tokens.shape[1], residual, graphs=None, fused=True)
-    decoder._fused = FusedFrame(model, slots, residual, decoder.max_positions, how)
+    if how is not None:  # else as the decoder itself launches
+        decoder._fused = FusedFrame(model, slots, residual, decoder.max_positions, how)
     decoder.seat(0, torch.Generator(decoder.device).manual_seed(3), Sampling(), ignore_end=False)
     decoder.begin(0, tokens[:, :prompt], 0)
     for slot in range(1, slots):

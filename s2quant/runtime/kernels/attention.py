@@ -351,71 +351,35 @@ def attention(
     assert num_splits(context) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
     nothing: Any = out
+    whole = (
+        *(qkv, nothing if layer.q_norm is None else layer.q_norm, nothing if layer.k_norm is None else layer.k_norm),
+        *(layer.table, positions, layer.keys, layer.values),
+    )
+    rest = (
+        *(nothing if layer.place is None else layer.place, out, first_row, context - 1),
+        positions.stride(0) if len(positions) > 1 else 0,
+        *(layer.keys.stride(0), layer.keys.stride(1), layer.eps, math.log2(math.e) / math.sqrt(width)),
+    )
+    constants = {
+        "HEADS": heads, "KV_HEADS": kv_heads, "WIDTH": width, "NORM": layer.q_norm is not None,
+        "PLACED": layer.place is not None, "FIRST": how.loads_first, "DEVICE": not INTERPRETED,
+        **early_options(how.early),
+    }  # fmt: skip
     if context <= 16 and how.flat:
-        short_kernel[(batch, heads)](
-            qkv,
-            nothing if layer.q_norm is None else layer.q_norm,
-            nothing if layer.k_norm is None else layer.k_norm,
-            layer.table,
-            positions,
-            layer.keys,
-            layer.values,
-            nothing if layer.place is None else layer.place,
-            out,
-            first_row,
-            context - 1,
-            positions.stride(0) if len(positions) > 1 else 0,
-            layer.keys.stride(0),
-            layer.keys.stride(1),
-            layer.eps,
-            math.log2(math.e) / math.sqrt(width),
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            WIDTH=width,
-            NORM=layer.q_norm is not None,
-            PLACED=layer.place is not None,
-            BLOCK=16,
-            FIRST=how.loads_first,
-            DEVICE=not INTERPRETED,
-            num_warps=1,
-            **early_options(how.early),
-        )
+        short_kernel[(batch, heads)](*whole, *rest, BLOCK=16, num_warps=1, **constants)
         return
     least = least_stretch(batch * kv_heads, how)
     attention_kernel[(batch, kv_heads, num_splits(context, least))](
-        qkv,
-        nothing if layer.q_norm is None else layer.q_norm,
-        nothing if layer.k_norm is None else layer.k_norm,
-        layer.table,
-        positions,
-        layer.keys,
-        layer.values,
-        scratch.sums,
-        scratch.stats,
-        scratch.arrived,
-        nothing if layer.place is None else layer.place,
-        out,
-        first_row,
-        context - 1,
-        positions.stride(0) if len(positions) > 1 else 0,
-        layer.keys.stride(0),
-        layer.keys.stride(1),
-        layer.eps,
-        math.log2(math.e) / math.sqrt(width),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        WIDTH=width,
-        NORM=layer.q_norm is not None,
-        PLACED=layer.place is not None,
+        *whole,
+        *(scratch.sums, scratch.stats, scratch.arrived),
+        *rest,
         SPLITS=splits,
         SHORT_=SHORT,
         MEDIUM_=MEDIUM,
         LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
-        FIRST=how.loads_first,
-        DEVICE=not INTERPRETED,
         num_warps=how.attention_warps,
         num_stages=3 if least == 64 else 2,  # of 32 KB: five programs share a multiprocessor, not three
-        **early_options(how.early),
+        **constants,
     )
