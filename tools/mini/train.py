@@ -23,11 +23,11 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(root), str(root / "tools")]
 
-from mini.parts import FINAL_CODEC, RUNS, Part, environment, run_data
+from mini.parts import FINAL_CODEC, ROOT, RUNS, Part, environment, run_data
 
 PARTS = ("data", "recognizer", "codec", "dual", "judge")
 SINGLE = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "codec.pth")
