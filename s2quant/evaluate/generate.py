@@ -5,6 +5,10 @@ noise floor share one engine; an arm with nothing left to do is not even loaded.
 but what failed is tried again. An utterance that cannot be spoken is a clip with its error, and never ends the run:
 when a batch breaks, its unfinished utterances are spoken one by one, and the error stays with the one that raises it.
 
+Jobs are spoken in groups, each by itself, and processes share groups, not jobs. Who else is in progress can move the
+last bit of a sum, on a GPU above all, and so a code: with groups that depend on the plan and the slots alone, a clip
+comes out alike whoever speaks it.
+
 Samples that are not finite get no sound file: a clip with such samples is a failure, and no player or recognizer
 should take a repaired one for it.
 """
@@ -34,6 +38,7 @@ from s2quant.suite import Utterance
 Progress = Callable[[str, int, int], None]
 """(phase, things done, things in all) -> None."""
 Loader = Callable[[], Engine]
+GROUP_ROUNDS = 4  # jobs of a group for each slot: fewer leave slots empty at its end, more leave processes idle
 SOUND_KINDS = ("repeated_codes", "long_silence", "clipping", "not_finite")
 
 
@@ -55,6 +60,7 @@ def generate(
     loaders: Mapping[str, Loader],
     store: Store,
     ranks: Ranks,
+    num_slots: int,
     progress: Progress = lambda phase, done, total: None,
 ) -> None:
     """Speak what has not been spoken yet, this process's part of it.
@@ -64,6 +70,7 @@ def generate(
         loaders: How to load the engines of "baseline" (if the plan has it) and "model".
         store: The run's folder.
         ranks: This process among all.
+        num_slots: Of the engines.
         progress: Told of every clip.
 
     Raises:
@@ -74,24 +81,33 @@ def generate(
     todo = [job for job in plan.jobs() if not _is_done(job, clips.get(job.key), store)]
     if not todo:
         return
-    mine = {name: ranks.share([job for job in todo if (job.arm == "model") == (name == "model")]) for name in loaders}
-    total, done = sum(map(len, mine.values())), 0
+    mine = ranks.share([(name, group) for name in loaders for group in _groups(todo, name, num_slots)])
+    total, done = sum(len(group) for _, group in mine), 0
     engine: Engine | None = None
     for name, load in loaders.items():
         first = name == next(iter(loaders))
-        if mine[name] or (first and _voices_missing(plan, store)):
+        groups = [group for owner, group in mine if owner == name]
+        if groups or (first and _voices_missing(plan, store)):
             engine = load()
         if first:
             if engine is not None:
                 _encode_voices(plan, engine, store, ranks)
             ranks.wait()
             voices = _read_voices(plan, store)
-        if engine is not None:
-            for clip in speak_jobs(mine[name], engine, plan, voices, store):
+        for group in groups:
+            assert engine is not None
+            for clip in speak_jobs(group, engine, plan, voices, store):
                 done += 1
                 progress(f"speaking, {clip.arm}", done, total)
         engine = None
         release_memory()
+
+
+def _groups(jobs: Sequence[Job], engine: str, num_slots: int) -> list[Sequence[Job]]:
+    """Cut the jobs of one engine, "baseline" or "model", into groups."""
+    own = [job for job in jobs if (job.arm == "model") == (engine == "model")]
+    size = GROUP_ROUNDS * num_slots
+    return [own[start : start + size] for start in range(0, len(own), size)]
 
 
 def _is_done(job: Job, clip: Clip | None, store: Store) -> bool:

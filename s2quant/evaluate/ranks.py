@@ -58,7 +58,7 @@ class Ranks:
         return list(items[self.rank :: self.world])
 
     def device(self, name: str) -> str:
-        """Choose this process's device.
+        """Choose this process's device, and make it CUDA's current one, which kernels without a guard run on.
 
         Args:
             name: What the user asked for.
@@ -66,7 +66,13 @@ class Ranks:
         Returns:
             `cuda` with the number of the process on its host when there are several, else the name as it is.
         """
-        return f"cuda:{self.local_rank}" if name == "cuda" and self.world > 1 else name
+        if name != "cuda" or self.world == 1:
+            return name
+        import torch
+
+        if self.local_rank < torch.cuda.device_count():  # one that is not there is refused where it is used
+            torch.cuda.set_device(self.local_rank)
+        return f"cuda:{self.local_rank}"
 
 
 def find_ranks() -> Ranks:

@@ -86,7 +86,8 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     def engine_of(name: str) -> Callable[[], Any]:
         return lambda: load_engine(folders[name], options.device, options.dtype, options.linears, options.num_slots)
 
-    generate(plan, {name: engine_of(name) for name in folders}, store, ranks, progress)
+    engines = {name: engine_of(name) for name in folders}
+    generate(plan, engines, store, ranks, options.num_slots, progress)
     ranks.wait()
     damages = _measure_tokens(options, plan, facts, store, ranks, progress) if "tokens" in plan.metrics else {}
     device = options.device

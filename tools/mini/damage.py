@@ -211,7 +211,8 @@ def listen(options: Options, plan: EvalPlan, name: str, folder: Path, listeners:
     def load() -> Any:
         return load_engine(folder, options.device, options.dtype, "reference", options.num_slots)
 
-    generate(plan, {"baseline" if "baseline" in plan.arms else "model": load}, store, ranks, say)
+    loaders = {"baseline" if "baseline" in plan.arms else "model": load}
+    generate(plan, loaders, store, ranks, options.num_slots, say)
     records = {}
     for backend, load_listener in listeners.items():
         transcribe(plan, load_listener, backend, store, ranks, say)
