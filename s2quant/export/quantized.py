@@ -141,16 +141,20 @@ def quantize_checkpoint(
         "recipe": {"name": recipe.name, "sha256": recipe.sha256},
         "calibration": calibration_facts(calibration, checkpoint),
     }
+    peaks = {
+        "peak_device_bytes": take_peak_bytes(device),
+        "peak_calibration_bytes": peak_calibration_bytes,
+        "peak_host_bytes": host_peak_bytes(),
+    }
     record = manifest(
         "quantize",
         facts,
         device_name(device),
         recipe.calibration.seed,
-        peak_device_bytes=take_peak_bytes(device),
-        peak_calibration_bytes=peak_calibration_bytes,
-        peak_host_bytes=host_peak_bytes(),
+        **peaks,
         low_memory=options.low_memory,
         num_processes=exchange.world,
+        processes=list(exchange.merge({exchange.rank: peaks}).values()),
         num_quantized=len(plan.quantized),
         num_tensors=plan.num_tensors,
         tensor_bytes=plan.num_bytes,

@@ -39,6 +39,8 @@ def test_two_processes_end_with_the_bytes_of_one(tiny_folder: Path, tmp_path: Pa
         assert sha256_file(tmp_path / "two" / name) == sha256_file(tmp_path / "one" / name), name
     facts = [read_json(tmp_path / name / "manifest.json") for name in ("one", "two")]
     assert [(fact["num_processes"], fact["low_memory"]) for fact in facts] == [(1, True), (2, False)]
-    assert all(fact["peak_host_bytes"] > 0 for fact in facts)
+    assert [len(fact["processes"]) for fact in facts] == [1, 2]
+    assert all(one["peak_host_bytes"] > 0 for fact in facts for one in (fact, *fact["processes"]))
+    assert all(fact["processes"][0]["peak_host_bytes"] == fact["peak_host_bytes"] for fact in facts)
     dynamic = read_json(tmp_path / "one" / "quantize_config.json")["dynamic"]
     assert dynamic[r"+:^audio_decoder\.output$"] == {"bits": 8, "group_size": 64}
