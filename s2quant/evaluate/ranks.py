@@ -94,7 +94,7 @@ def find_ranks() -> Ranks:
             "the packages of s2quant[eval]",
             "pip install 's2quant[eval]', or run one process",
         ) from error
-    state = PartialState(cpu=True, timeout=LONGEST_WAIT)
+    state = PartialState(cpu=True, backend="gloo", timeout=LONGEST_WAIT)  # else MPI where torch has it
     return Ranks(
         rank=state.process_index,
         world=state.num_processes,
