@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import preloaded
 import pytest
 import same_output
+import torch
 import two_gpus
 from launched import Launcher, Watch
 
@@ -97,6 +99,17 @@ def test_a_command_that_is_out_of_time_is_ended_with_what_it_started(tmp_path, m
     assert found["status"] is None and found["seconds"] < 3
     time.sleep(3)
     assert not (tmp_path / "late").exists()
+
+
+def test_libraries_are_loaded_before_the_words_are_read(tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    launcher = Launcher(num_processes=2, preload=[tmp_path / "a.so", tmp_path / "b.so"], log=tmp_path / "log")
+    alone, shared = (launcher.command(["inspect", str(tmp_path / "none")], shared) for shared in (False, True))
+    assert shared[-len(alone) + 1 :] == alone[1:] and "accelerate.commands.launch" in shared
+    assert preloaded.main(alone[2:]) == 2
+    assert loaded == [str(tmp_path / "a.so"), str(tmp_path / "b.so")]
+    assert "s2quant inspect: error" in capsys.readouterr().err
 
 
 def test_phases_end_when_their_files_grow_no_more(tmp_path):
