@@ -1,6 +1,7 @@
 """Whole fused frames of a very small model against the plain decoder: in Triton's interpreter, or on a GPU."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import runtime_cases as cases
@@ -64,14 +65,14 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-@pytest.mark.parametrize(("slots", "everything"), [(1, True), (12, True), (24, True), (24, False)])
+@pytest.mark.parametrize(("slots", "many"), [(1, True), (12, True), (24, True), (24, False)])
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
-def test_frames_are_the_plain_decoder_s(checkpoint, slots, everything, monkeypatch):
+def test_frames_are_the_plain_decoder_s(checkpoint, slots, many, monkeypatch):
     from s2quant.runtime.kernels import shapes
-    from s2quant.runtime.kernels.launch import EARLY
+    from s2quant.runtime.kernels.launch import MEASURED
     from tools.speed import frames
 
-    how = EARLY if everything else None  # None: as the decoder launches by itself
+    how = None if many else replace(MEASURED, many_rows=False)  # None: as the decoder launches by itself
     monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)  # so that the inputs of so small a model are split too
     plain, packed = models(CHECKPOINTS[checkpoint])
     tokens = frames.forced_tokens(plain.config, 6, 1)
@@ -85,14 +86,14 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, everything, monkeypat
 
 
 @pytest.mark.parametrize(("checkpoint", "early"), [("bf16", False), ("4 bits, but w2, and an 8-bit Fast AR", True)])
-def test_what_has_not_run_on_a_gpu_is_not_used(checkpoint, early):
+def test_a_dense_model_does_not_start_early(checkpoint, early):
     from s2quant.runtime.fast import FastDecoder
 
     frame = FastDecoder(models(CHECKPOINTS[checkpoint])[1], 1, 16, RESIDUAL, graphs=None, fused=True)._fused
     assert frame is not None
-    assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, False, False)
+    assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, True, True)
 
 
 if not INSIDE:
-    test_what_has_not_run_on_a_gpu_is_not_used = NEEDED(test_what_has_not_run_on_a_gpu_is_not_used)
+    test_a_dense_model_does_not_start_early = NEEDED(test_a_dense_model_does_not_start_early)
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

@@ -22,7 +22,7 @@ from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import PlacedLinear
-from s2quant.runtime.kernels.launch import EARLY, How
+from s2quant.runtime.kernels.launch import MEASURED, How
 from s2quant.runtime.kernels.weights import Then
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
@@ -136,7 +136,7 @@ class _Listed(FusedFrame):
 
 
 @torch.inference_mode()
-def listed(model: DualAR, batch: int, position: int, residual: int, how: How = EARLY) -> list[Job]:
+def listed(model: DualAR, batch: int, position: int, residual: int, how: How = MEASURED) -> list[Job]:
     """List the linears that a frame launches, to be compiled in parallel; its other kernels are compiled now."""
     decoder = seated(model, batch, position, residual, fused=True, graphs=False)
     frame = _Listed(model, batch, residual, decoder.max_positions, how)
@@ -227,7 +227,7 @@ def plain_logits(model: DualAR, tokens: Tensor, prompt: int) -> tuple[Tensor, Te
 
 @torch.inference_mode()
 def fused_logits(
-    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1, how: How | None = EARLY
+    model: DualAR, tokens: Tensor, prompt: int, residual: int, slots: int = 1, how: How | None = MEASURED
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Feed the fused decoder; of the last of slots that all hear the same: float32 logits [F, C], columns drawn
     [F, 1+N], logits of the last codebook [F, R]."""
@@ -320,9 +320,9 @@ def graph_is_eager(model: DualAR, batch: int, position: int, residual: int, fram
     """Draw the same frames with and without a graph, and one row alone: how many columns differ."""
     drawn = []
     for graphs in (False, None):
-        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs, how=EARLY)
+        decoder = seated(model, batch, position, residual, fused=True, graphs=graphs, how=MEASURED)
         drawn.append(torch.stack([decoder.launch(batch).columns() for _ in range(frames)]))
-    alone = seated(model, 1, position, residual, fused=True, graphs=None, how=EARLY)
+    alone = seated(model, 1, position, residual, fused=True, graphs=None, how=MEASURED)
     keys = seated(model, batch, position, residual, fused=False, graphs=False)
     alone.cache.keys[:, :1], alone.cache.values[:, :1] = keys.cache.keys[:, :1], keys.cache.values[:, :1]
     single = torch.stack([alone.launch(1).columns() for _ in range(frames)])

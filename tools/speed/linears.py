@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.kernels.choice import Plan, is_many, multiply, num_parts, num_sums, padded_rows, plan_for
-from s2quant.runtime.kernels.launch import EARLY, How
+from s2quant.runtime.kernels.launch import MEASURED, How
 from s2quant.runtime.kernels.layout import arranged, pack, pair
 from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
@@ -133,7 +133,7 @@ def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.de
     )
 
 
-def errors(case: Case, rows: int, device: torch.device, how: How = EARLY) -> dict[str, float]:
+def errors(case: Case, rows: int, device: torch.device, how: How = MEASURED) -> dict[str, float]:
     """Compare a linear with float64, of the weights that are multiplied; relative errors of all it writes."""
     made = make(case, device)
     plan = plan_for(made.weight, rows, how)
@@ -261,7 +261,7 @@ def compile_one(case: Case, rows: int, plan: Plan, how: How) -> None:
     multiply(weight, x, rows, then, plan, how, launch=False)
 
 
-def jobs(case: Case, rows: int, every: bool, how: How = EARLY) -> Iterator[Job]:
+def jobs(case: Case, rows: int, every: bool, how: How = MEASURED) -> Iterator[Job]:
     """List what will need compiled: every shape worth trying, or the one in use."""
     kind = Weight(
         kind=case.kind,

@@ -20,7 +20,7 @@ from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
 from s2quant.runtime.kernels.weights import Block
 from tools.speed import frames, linears, others
-from tools.speed.check import Check, as_first
+from tools.speed.check import Check, as_first, for_model
 from tools.speed.timing import bandwidth, card_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def compile_part(check: Check) -> None:
     for name in MODELS[check.size]:
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
         for batch in batches:
-            wanted += frames.listed(model_of(check, name), batch, *sizes, check.how)
+            wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name))
     for name, batch, _, how in variants_of(check):
         wanted += frames.listed(model_of(check, name), batch, *sizes, how)
     for case in cases:  # what the part "linears" compares many rows with
@@ -189,20 +189,21 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "long_stretches", "early_dense")  # what counts at many rows; at few only the last does
+MANY_WAYS = ("many_rows", "long_stretches", "early_dense", "early")  # what counts at many rows; at few the last two do
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
-    """List frames and ways to launch them: with all that makes it faster, each of it left out, and none of it."""
-    how = check.how
-    names = [name for name, value in vars(how).items() if value is True]
-    ways = {name: replace(how, **{name: False}) for name in names}
+    """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
     for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
-        many = batch > 16
-        chosen = [way for way in ways if (way in MANY_WAYS if many else way not in MANY_WAYS[:2])]
-        more: dict[str, Any] = {"all": how} if many else {"all": how, "as first": as_first(how)}
-        more |= {f"without {way}": ways[way] for way in chosen}
+        how, many = for_model(check.how, name), batch > 16
+        switches = {key: value for key, value in vars(how).items() if isinstance(value, bool)}
+        chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_WAYS[:2])]
+        chosen = [key for key in chosen if how.early or key != "early_dense"]
+        more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
+        for key in chosen:
+            title = f"without {key}" if switches[key] else f"with {key}"
+            more[title] = replace(how, **{key: not switches[key]})
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
         found += [(name, batch, title, way) for title, way in more.items()]
     return found
@@ -221,7 +222,8 @@ def frames_part(check: Check) -> None:
         name, batch, fused = named[title]
         model = model_of(check, name)
         row: dict[str, Any] = {"model": name, "batch": batch}
-        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, check.how))  # noqa: B023
+        how = for_model(check.how, name)
+        check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, how))  # noqa: B023
         found.append(row)
         check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
 
@@ -270,10 +272,11 @@ def exact_part(check: Check) -> None:
 def profile_part(check: Check) -> None:
     if not check.cuda:
         return
-    jobs = {f"{name} batch {batch}": (name, batch) for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 64))}
+    jobs = {f"{name} batch {batch}": (name, batch) for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 32), ("w4a16", 64), ("bf16", 64))}
     for title, found in check.items("profile", list(jobs)):
         name, batch = jobs[title]
-        table = frames.profiled(model_of(check, name), batch, check.how)
+        how = replace(check.how, early=False)  # a kernel that starts early is on the clock while it waits
+        table = frames.profiled(model_of(check, name), batch, how)
         found.append({"frame": title, "kernels": table})
         check.say(f"{title}: kernel, launches per frame, us per frame")
         for key, count, total in table:

@@ -40,11 +40,10 @@ class How:
     attention_warps: int = 4
 
 
-EARLY = How(early=True)  # all of it
-# What is used: the kernels that have run right on a GPU. Those of many rows have not run on one yet. Early starts win
-# 0.33 ms of a W4A16 frame and cost a bf16 frame 0.24 (reports/2026-11-26-speed).
-MEASURED = How(early=True, many_rows=False, long_stretches=False)
-MEASURED_DENSE = How(early=False, many_rows=False, long_stretches=False)
+# What is used. Early starts win 0.4 ms of a W4A16 frame; where bf16 products start early, that costs 0.4 ms of a W4A16
+# frame and 0.8 of a bf16 one (reports/2026-11-26-batches).
+MEASURED = How(early=True, early_dense=False)
+MEASURED_DENSE = How()
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
 
 
