@@ -8,11 +8,12 @@ A program has one row, one key/value head and one stretch of the context. How lo
 row's position alone, which is read on the device: one launch serves every length, programs without a stretch leave at
 once, and a row's result does not depend on its neighbours. Only their number counts: where rows alone keep a GPU busy,
 stretches are longer (`least_stretch`), because a program takes its time before its first key and after its last. The
-program that holds the new position writes it into the cache. The last one to finish, whichever it is, joins the parts
-in their order, so the result is the same every time.
+program that holds the new position writes it into the cache. The last one to finish, whichever it is, joins the parts,
+eight at a time, in the same order every time.
 
 What no kernel of the frame changes before its last is read before waiting for the kernel before: norms, orders, and the
-position with its rotary row. Keys and values are not: the Fast AR's are written by kernels that may still be at work.
+position with its rotary row; of a long context the first keys and values too, which older frames have written. The Fast
+AR's are written by kernels that may still be at work.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_opt
 
 SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
 LONGEST = 32768
+JOINED = 8  # parts that are read at a time
 
 
 @triton.jit
@@ -55,13 +57,60 @@ def _dot(a, b, DEVICE: tl.constexpr):
     return tl.dot(a, b)
 
 
+@triton.jit
+def _seen(keys, values, cached, start, d, position, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Read a block of keys [h, BLOCK] and values [BLOCK, h], as far as there are any."""
+    p = start + tl.arange(0, BLOCK)
+    inside = p < position
+    k_t = tl.load(keys + cached + p[None, :] * WIDTH + d[:, None], inside[None, :], 0.0)
+    return k_t, tl.load(values + cached + p[:, None] * WIDTH + d[None, :], inside[:, None], 0.0), inside
+
+
+@triton.jit
+def _attended(q, k_t, v, inside, scale, best, weight, sums, DEVICE: tl.constexpr):
+    """Attend to one more block; everything so far fades by as much as the largest score grows."""
+    scores = tl.where(inside[None, :], _dot(q, k_t, DEVICE) * scale, -1e30)
+    new = tl.maximum(best, tl.max(scores, axis=1))
+    fade = tl.exp2(best - new)
+    shares = tl.exp2(scores - new[:, None])
+    weight = weight * fade + tl.sum(shares, axis=1)
+    return new, weight, sums * fade[:, None] + _dot(shares.to(v.dtype), v, DEVICE)
+
+
+@triton.jit
+def _joined(
+    part_sums, part_stats, first, live, h, d, SHARE: tl.constexpr, WIDTH: tl.constexpr, JOINED_: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of a row's heads [heads, h]; those of a round are all asked for before one is there."""
+    best = tl.full((HEADS_BLOCK,), -1e30, tl.float32)
+    weight = tl.zeros((HEADS_BLOCK,), tl.float32)
+    sums = tl.zeros((HEADS_BLOCK, WIDTH), tl.float32)
+    for begin in range(0, live, JOINED_):
+        split = begin + tl.arange(0, JOINED_)
+        there = (split < live)[:, None] & (h < SHARE)[None, :]
+        part = (first + split)[:, None] * SHARE + h[None, :]
+        at = part_sums + part[:, :, None] * WIDTH + d[None, None, :]
+        its_sums = tl.load(at, there[:, :, None], 0.0, cache_modifier=".cg")
+        its_best = tl.load(part_stats + part * 2, there, -1e30, cache_modifier=".cg")
+        its_weight = tl.load(part_stats + part * 2 + 1, there, 0.0, cache_modifier=".cg")
+        new = tl.maximum(best, tl.max(its_best, axis=0))
+        fade = tl.exp2(best - new)
+        shares = tl.exp2(its_best - new[None, :])
+        weight = weight * fade + tl.sum(its_weight * shares, axis=0)
+        sums = sums * fade[:, None] + tl.sum(its_sums * shares[:, :, None], axis=0)
+        best = new
+    return sums / weight[:, None]
+
+
 @triton.jit(do_not_specialize=["first_row", "last_position"])
 def attention_kernel(
     qkv, q_norm, k_norm, table, positions, keys, values, part_sums, part_stats, arrived, place, out,
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
+    SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, JOINED_: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Attend; see the module."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -72,10 +121,21 @@ def attention_kernel(
     rows = tl.arange(0, 16)
     head = kv * SHARE + rows % SHARE
     target = head[:, None] * WIDTH + d[None, :]
+    h = tl.arange(0, HEADS_BLOCK)
+    joined = (kv * SHARE + h % SHARE)[:, None] * WIDTH + d[None, :]
+    cached = slot.to(tl.int64) * slot_stride + kv * head_stride
     announce(DEVICE)
     if not FIRST:
         wait(DEVICE)
     position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
+    stretch = BLOCK
+    live = 1
+    if not SINGLE:
+        stretch = tl.maximum(tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512)), LEAST)
+        live = position // stretch + 1
+    first = split * stretch
+    if AHEAD:
+        first_keys, first_values, first_inside = _seen(keys, values, cached, first, d, position, BLOCK, WIDTH)
     angles = table + position * WIDTH + d // 2 * 2
     cos = tl.load(angles)
     sin = tl.load(angles + 1)
@@ -90,13 +150,10 @@ def attention_kernel(
         k_swapped = tl.load(k_norm + (d ^ 1))
     if PLACED:
         target = tl.load(place + target)
+        if not SINGLE:
+            joined = tl.load(place + joined)
     if FIRST:
         wait(DEVICE)
-    stretch = BLOCK
-    live = 1
-    if not SINGLE:
-        stretch = tl.maximum(tl.where(position < SHORT_, 64, tl.where(position < MEDIUM_, 128, 512)), LEAST)
-        live = position // stretch + 1
     if split < live:
         row = first_row + slot
         heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
@@ -106,7 +163,6 @@ def attention_kernel(
         q = q.to(keys.dtype.element_ty)
         k = k.to(keys.dtype.element_ty)
         v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
-        cached = slot.to(tl.int64) * slot_stride + kv * head_stride
         owner = split == live - 1
         here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
         tl.store(keys + here, k, d[None, :] >= tl.where(owner, 0, WIDTH))
@@ -115,21 +171,16 @@ def attention_kernel(
         best = tl.where(owner, score, -1e30)
         weight = tl.where(owner, 1.0, 0.0) + tl.zeros((16,), tl.float32)
         sums = tl.where(owner, 1.0, 0.0) * v.to(tl.float32) + tl.zeros((16, WIDTH), tl.float32)
-        first = split * stretch
-        for start in range(first, tl.minimum(first + stretch, position), BLOCK):
-            p = start + tl.arange(0, BLOCK)
-            inside = p < position
-            k_t = tl.load(keys + cached + p[None, :] * WIDTH + d[:, None], inside[None, :], 0.0)
-            seen = tl.load(values + cached + p[:, None] * WIDTH + d[None, :], inside[:, None], 0.0)
-            scores = tl.where(inside[None, :], _dot(q, k_t, DEVICE) * scale, -1e30)
-            new = tl.maximum(best, tl.max(scores, axis=1))
-            fade = tl.exp2(best - new)
-            shares = tl.exp2(scores - new[:, None])
-            weight = weight * fade + tl.sum(shares, axis=1)
-            sums = sums * fade[:, None] + _dot(shares.to(seen.dtype), seen, DEVICE)
-            best = new
+        begin = first
+        if AHEAD:
+            best, weight, sums = _attended(
+                q, first_keys, first_values, first_inside, scale, best, weight, sums, DEVICE
+            )
+            begin += BLOCK
+        for start in range(begin, tl.minimum(first + stretch, position), BLOCK):
+            k_t, seen, inside = _seen(keys, values, cached, start, d, position, BLOCK, WIDTH)
+            best, weight, sums = _attended(q, k_t, seen, inside, scale, best, weight, sums, DEVICE)
         mine = rows < SHARE
-        turn = live - 1
         if not SINGLE and live > 1:
             part = ((slot * KV_HEADS + kv) * SPLITS + split) * SHARE + rows
             tl.store(part_sums + part[:, None] * WIDTH + d[None, :], sums, mine[:, None])
@@ -137,23 +188,15 @@ def attention_kernel(
             tl.store(part_stats + part * 2 + 1, weight, mine)
             tl.debug_barrier()
             turn = tl.atomic_add(arrived + slot * KV_HEADS + kv, 1, sem="acq_rel")
-        if turn == live - 1:
-            if not SINGLE and live > 1:
+            if turn == live - 1:
                 tl.store(arrived + slot * KV_HEADS + kv, 0)
-                best = tl.full((16,), -1e30, tl.float32)
-                weight = tl.zeros((16,), tl.float32)
-                sums = tl.zeros((16, WIDTH), tl.float32)
-                for other in range(0, live):
-                    part = ((slot * KV_HEADS + kv) * SPLITS + other) * SHARE + rows % SHARE
-                    its_best = tl.load(part_stats + part * 2, cache_modifier=".cg")
-                    its_weight = tl.load(part_stats + part * 2 + 1, cache_modifier=".cg")
-                    its_sums = tl.load(part_sums + part[:, None] * WIDTH + d[None, :], cache_modifier=".cg")
-                    new = tl.maximum(best, its_best)
-                    fade = tl.exp2(best - new)
-                    its_fade = tl.exp2(its_best - new)
-                    weight = weight * fade + its_weight * its_fade
-                    sums = sums * fade[:, None] + its_sums * its_fade[:, None]
-                    best = new
+                first_part = (slot * KV_HEADS + kv) * SPLITS
+                result = _joined(
+                    part_sums, part_stats, first_part, live, h, d, SHARE, WIDTH, JOINED_, HEADS_BLOCK
+                )
+                its = out + row * (HEADS * WIDTH) + joined
+                tl.store(its, result.to(out.dtype.element_ty), (h < SHARE)[:, None])
+        else:
             result = sums / weight[:, None]
             tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty), mine[:, None])
 
@@ -379,6 +422,9 @@ def attention(
         LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
+        AHEAD=how.loads_first and how.keys_first and context > 16 and least == 64,  # more rows need their registers
+        JOINED_=JOINED,
+        HEADS_BLOCK=triton.next_power_of_2(heads // kv_heads),
         num_warps=how.attention_warps,
         num_stages=3 if least == 64 else 2,  # of 32 KB: five programs share a multiprocessor, not three
         **constants,

@@ -62,12 +62,14 @@ def embed_kernel(
     begin(DEVICE)
     column = columns + row * (1 + CODEBOOKS)
     token = tl.load(column)
+    rows = ()  # all codes before the first row of the table: loads keep their order, and a row waits for its code
+    for i in tl.static_range(CODEBOOKS):
+        rows = rows + (audio + (tl.load(column + 1 + i) + i * codebook_size) * D,)
     x = tl.load(text + token * D + d, inside, 0.0).to(tl.float32)
     if (token >= first_semantic) & (token <= last_semantic):
         sums = tl.zeros((BLOCK,), tl.float32)
         for i in tl.static_range(CODEBOOKS):
-            code = tl.load(column + 1 + i) + i * codebook_size
-            sums += tl.load(audio + code * D + d, inside, 0.0).to(tl.float32)
+            sums += tl.load(rows[i] + d, inside, 0.0).to(tl.float32)
         x = _rounded(_rounded(x + _rounded(sums, DEVICE), DEVICE) / root, DEVICE)
     _write_vector(x, d, inside, weight, target, hidden, out, squares, row, D)
 
