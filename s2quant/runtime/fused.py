@@ -291,7 +291,7 @@ class FusedFrame:
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, 2 * batch)
-        steps.semantic_kernel[(batch,)](
+        steps.semantic_kernel[(batch, 2)](
             self.logits,
             state.uniform,
             state.temperature,
@@ -317,10 +317,10 @@ class FusedFrame:
             config.semantic_begin_id,
             config.im_end_id,
             C=self.num_semantic + 1,
-            BLOCK=_power_of_two(self.num_semantic + 1),
             KEPT=state.uniform.shape[1],
             COLUMN=1 + config.num_codebooks,
-            **steps.draw_arguments(),
+            **steps.draw_arguments(self.num_semantic, self.how),
+            **steps.swap_arguments(),
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
@@ -350,10 +350,9 @@ class FusedFrame:
             self.begun,
             code,
             R=self.residual_size,
-            BLOCK=_power_of_two(self.residual_size),
             KEPT=state.uniform.shape[1],
             CODEBOOKS=config.num_codebooks,
-            SMALLEST=steps.draw_arguments()["SMALLEST"],
+            **steps.draw_arguments(self.residual_size, self.how),
             LAST=code == config.num_codebooks - 1,
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),

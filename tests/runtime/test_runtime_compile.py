@@ -116,3 +116,52 @@ def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, monkeyp
     assert len(products) == 16 and "cp.async" in text
     assert "st.shared" not in loop and "stmatrix" not in loop and "bar.sync" not in loop
     assert text.index("griddepcontrol.launch_dependents") < text.index("griddepcontrol.wait") < text.index("cp.async")
+
+
+DRAWN = NAMES | {
+    "logits": "*fp32", "uniform": "*fp32", "temperature": "*fp32", "top_p": "*fp32", "top_k": "*i64", "first": "*i1",
+    "ignore_end": "*i1", "windows": "*i64", "draws": "*i64", "positions": "*i64", "columns": "*i64",
+    "slow_hidden": "*fp32", "slow_squares": "*fp32", "slow_norm": "*bf16", "slow_eps": "fp32", "embeddings": "*bf16",
+    "norm": "*bf16", "squares": "*fp32", "batch": "i32", "first_semantic": "i32", "end_token": "i32", "number": "i32",
+}  # fmt: skip
+
+
+def draw_ptx(name, candidates, warps, **constants):
+    """Compile a draw at the real size: its text, and its bytes of shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from s2quant.runtime.kernels import steps
+    from s2quant.runtime.kernels.launch import How
+
+    kernel = getattr(steps, name)
+    constants |= {"KEPT": 8, "D_BLOCK": 4096, **steps.vector_arguments(2560, torch.empty(1)), "DEVICE": True}
+    constants |= steps.draw_arguments(candidates, How())
+    source = ASTSource(
+        fn=kernel,
+        signature={word: "constexpr" if word in constants else DRAWN[word] for word in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(word),): value for word, value in constants.items()},
+        attrs={
+            (number,): [["tt.divisibility", 16]]
+            for number, word in enumerate(kernel.arg_names)
+            if DRAWN.get(word, "").startswith("*")
+        },
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+    return made.asm["ptx"], made.metadata.shared
+
+
+def test_a_draw_waits_for_nothing_but_logits_and_sorts_in_registers():
+    from s2quant.runtime.kernels import steps
+
+    residual = draw_ptx("residual_kernel", 1024, 4, R=1024, CODEBOOKS=10, LAST=False)
+    semantic = draw_ptx(
+        "semantic_kernel", 4096, 8, C=4097, COLUMN=11, MAX_SQUARES=256, batch=1, **steps.swap_arguments()
+    )
+    for (text, shared), candidates, barriers in ((residual, 8, 26), (semantic, 16, 40)):
+        before, _, after = text.rpartition("griddepcontrol.wait")
+        assert before.count("ld.global.b32") >= candidates  # noise
+        # a thread's candidates, the end, and two bytes of each of its up to 32 numbers of the row of the code drawn
+        assert len(re.findall(r"ld\.global\.(b32|b64|v)", after)) <= candidates + 1
+        assert len(re.findall(r"\bbar(rier)?\.sync", text)) <= barriers  # with those of loops that are hardly entered
+        assert shared <= 4096  # sums of warps; candidates never go there

@@ -250,6 +250,7 @@ def drawn_state(batch, candidates, size, kept=2, codebooks=3):
 @pytest.mark.parametrize("last", [False, True])
 def test_the_residual_draw_is_the_sampler_s(last):
     from s2quant.runtime.kernels import steps
+    from s2quant.runtime.kernels.launch import How
 
     batch, size, codebooks, dim = 8, 64, 3, 32
     samplings = [SAMPLINGS[row % len(SAMPLINGS)] for row in range(batch)]
@@ -266,8 +267,8 @@ def test_the_residual_draw_is_the_sampler_s(last):
         logits.to(DEVICE), moved["uniform_fast"], rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
         rows.top_k.to(DEVICE), first, moved["draws"], moved["positions"], columns, embeddings.to(DEVICE),
         norm.to(DEVICE), place, hidden, out, squares, 2,
-        R=size, BLOCK=64, KEPT=2, CODEBOOKS=codebooks, SMALLEST=steps.draw_arguments()["SMALLEST"], LAST=last,
-        D_BLOCK=32, **steps.vector_arguments(dim, place), **steps.options(False, 1),
+        R=size, KEPT=2, CODEBOOKS=codebooks, LAST=last, D_BLOCK=32, **steps.draw_arguments(size, How()),
+        **steps.vector_arguments(dim, place), **steps.options(False, 1),
     )  # fmt: skip
     noise = state["uniform_fast"][torch.arange(batch), state["draws"] % 2, 1]
     wanted = draw(logits, rows, noise)
@@ -284,6 +285,7 @@ def test_the_residual_draw_is_the_sampler_s(last):
 @kernel
 def test_the_semantic_draw_is_the_sampler_s():
     from s2quant.runtime.kernels import steps
+    from s2quant.runtime.kernels.launch import How
 
     batch, semantic, codebooks, dim, kept = 24, 60, 3, 32, 2
     samplings = [SAMPLINGS[row % len(SAMPLINGS)] for row in range(batch)]
@@ -302,13 +304,14 @@ def test_the_semantic_draw_is_the_sampler_s():
     squares_in = slow.square().unflatten(1, (4, -1)).sum(-1)
     hidden, out = poisoned(2 * batch, dim), poisoned(2 * batch, dim, dtype=torch.bfloat16)
     squares, ours = poisoned(2 * batch, 1), windows.clone().to(DEVICE)
-    steps.semantic_kernel[(batch,)](
+    steps.semantic_kernel[(batch, 2)](
         logits.to(DEVICE), state["uniform"].to(DEVICE), rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
         rows.top_k.to(DEVICE), rows.ignore_end.to(DEVICE), ours, first.to(DEVICE), state["draws"].to(DEVICE), columns,
         slow.to(DEVICE), squares_in.to(DEVICE), slow_norm.to(DEVICE), 1e-6, embeddings.to(DEVICE), norm.to(DEVICE),
         norm.to(DEVICE), hidden, out, squares, 4, batch, 1000, 77,
-        C=semantic + 1, BLOCK=64, KEPT=kept, COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
-        **steps.draw_arguments(), **steps.vector_arguments(dim, None), **steps.options(False, 1),
+        C=semantic + 1, KEPT=kept, COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
+        **steps.draw_arguments(semantic, How()), **steps.swap_arguments(), **steps.vector_arguments(dim, None),
+        **steps.options(False, 1),
     )  # fmt: skip
     noise = state["uniform"][torch.arange(batch), state["draws"] % kept]
     window = windows.masked_fill(first[:, None], -1)

@@ -27,6 +27,7 @@ class How:
             and whether a short context's attention has a warp per head.
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
+        best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
     """
 
@@ -39,6 +40,7 @@ class How:
     flat: bool = True
     many_rows: bool = True
     long_stretches: bool = True
+    best_first: bool = True
     attention_warps: int = 4
 
 
