@@ -8,11 +8,11 @@ and every term is what the 4-bit kernel computes, (half - 8) * scale + zero. The
 scales 16 scale and scale, zeros 0 and 8 scale, all exact in bf16 where the scale is; one call, float32 sums, one
 rounding of the result. The weight stays one byte each.
 
-One row costs half of what it costs in bf16, but the kernel's time grows with the rows. From `MANY_ROWS` on the weight is
-made in bf16 for a moment, some blocks of outputs at a time, and multiplied by torch. That reads the kernel's layout:
-blocks of 64 outputs n; in each block, byte [k, n] holds the codes of the outputs n (low half) and n + 32 (high half).
-It is no promise of torch, so `int8_obstacle` tries it. Without AVX-512 torch's kernel is slower than its bf16 product
-at one row: other CPUs are refused.
+One row costs half of what it costs in bf16, but the kernel's time grows with the rows. From `MANY_ROWS` on the weight
+is made in bf16 for a moment, some blocks of outputs at a time, and multiplied by torch. That reads the kernel's layout:
+in a block of 64 outputs n, byte [k, n] holds the codes of the outputs n (low half) and n + 32 (high half). It is no
+promise of torch, so `int8_obstacle` tries it. Without AVX-512 torch's kernel is slower at one row than its bf16
+product: other CPUs are refused.
 
 Legend: M out_features, K in_features, G groups, B rows of x.
 """
