@@ -29,7 +29,7 @@ from s2quant.packing import QuantizedWeight
 from s2quant.runtime.linears import QuantizedLinear, int4_shape_obstacle, sorted_order
 
 BLOCK = 64  # outputs
-MANY_ROWS = 40  # of x; as fast either way
+MANY_ROWS = 40  # of x: about as fast either way
 CHUNK_VALUES = 1 << 19  # weights made in bf16 at a time: they stay in the processor's caches
 
 
