@@ -1,6 +1,11 @@
-"""Time one token through a linear of the real size on a CPU: bf16 against the int4 backend.
+"""Time linears on a CPU: what the model's quantized linears cost there, by backend, against bf16.
 
-python tools/cpu_linear_speed.py [--threads 1] [--repeats 200]
+    python tools/cpu_linear_speed.py [--threads 1] [--repeats 100] [--rows 1,8,256] [--group-size 32]
+
+The shapes are those of Fish Audio S2 Pro and of s2-mini, the inputs in act order. All ways take turns, so that other
+work on the machine meets them alike: a figure is the median of its times, and its ratio to bf16 that of the two medians
+(below 1 is faster). "auto 4" and "auto 8" are what the runtime chooses for 4 and 8 bits, the backend beside them.
+`--repeats` is for one row of a small shape; large products are timed less often, never less than 5 times.
 """
 
 from __future__ import annotations
@@ -19,38 +24,77 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SHAPES = ((9728, 2560), (2560, 9728))  # outputs, inputs: w1 and w2
+SHAPES = (  # outputs, inputs: wqkv, wo, w1 and w2 of S2 Pro, then s2-mini's
+    *((6144, 2560), (2560, 4096), (9728, 2560), (2560, 9728)),
+    *((512, 256), (256, 256), (768, 256), (256, 768)),
+)
+BIG = 2**24  # products of one call that take about as long as 100 calls of a small linear
 
 
-def median_ms(call: Callable[[Tensor], Tensor], x: Tensor, repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats + 5):
-        started = time.perf_counter()
-        call(x)
-        seconds.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(seconds[5:])
+def times_ms(ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor, repeats: int) -> dict[str, float]:
+    """Time some ways in turns.
+
+    Args:
+        ways: Name to linear.
+        x: bf16 [rows, inputs].
+        repeats: Turns; one more is warm-up.
+
+    Returns:
+        Name to the median, ms.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, call in ways.items():
+            started = time.perf_counter()
+            call(x)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(some[1:]) for name, some in seconds.items()}
 
 
-@torch.inference_mode()
-def main() -> None:
+def linears(out_features: int, in_features: int, group_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Make a dense linear, what "auto" makes of it in 4 and 8 bits, and the reference in 8 bits.
+
+    Args:
+        out_features: Outputs.
+        in_features: Inputs.
+        group_size: Inputs that share a scale.
+
+    Returns:
+        Name to linear.
+    """
     from s2quant.quantize.rtn import rtn_quantize
     from s2quant.recipe import LinearSettings
     from s2quant.runtime.linears import make_linear
 
+    weight = torch.randn(out_features, in_features).bfloat16()
+    order = torch.randperm(in_features)  # as act order leaves it: the activations have to be gathered
+    found: dict[str, Callable[[Tensor], Tensor]] = {"bf16": lambda x: F.linear(x, weight)}
+    for bits in (4, 8):
+        plain, _ = rtn_quantize(weight, LinearSettings(bits=bits, group_size=group_size, desc_act=False))
+        shuffled = replace(plain, codes=plain.codes[:, order], g_idx=plain.g_idx[order])
+        linear = make_linear(shuffled, torch.bfloat16)
+        found[f"auto {bits} ({linear.backend})"] = linear
+    return found | {"reference 8": make_linear(shuffled, torch.bfloat16, "reference")}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Time all shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--rows", default="1,8,256")
+    parser.add_argument("--group-size", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for rows, columns in SHAPES:
-        weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(1, columns).bfloat16()
-        plain, _ = rtn_quantize(weight, LinearSettings(desc_act=False))
-        order = torch.randperm(columns)  # as act order leaves it: the activations have to be gathered
-        linear = make_linear(replace(plain, codes=plain.codes[:, order], g_idx=plain.g_idx[order]), torch.bfloat16)
-        assert linear.backend == "int4"
-        dense = median_ms(lambda x, weight=weight: F.linear(x, weight), x, options.repeats)
-        int4 = median_ms(linear, x, options.repeats)
-        print(f"{columns} -> {rows}: bf16 {dense:.2f} ms, int4 {int4:.2f} ms, {dense / int4:.1f} times as fast")
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s)")
+    for out_features, in_features in SHAPES:
+        ways = linears(out_features, in_features, options.group_size)
+        for rows in map(int, options.rows.split(",")):
+            repeats = min(options.repeats, max(5, options.repeats * BIG // (rows * out_features * in_features)))
+            found = times_ms(ways, torch.randn(rows, in_features).bfloat16(), repeats)
+            texts = (f"{name} {ms:.3f} ms ({ms / found['bf16']:.2f})" for name, ms in found.items())
+            print(f"{in_features} -> {out_features}, {rows} rows: " + ", ".join(texts), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from s2quant.errors import UserError
 
 DTYPES = ("bfloat16", "float32")  # see s2quant.runtime.load, which imports torch
-LINEARS = ("auto", "reference", "int4", "triton")  # see s2quant.runtime.linears, which imports torch
+LINEARS = ("auto", "reference", "dense", "int4", "int8", "triton")  # see s2quant.runtime.linears, which imports torch
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:

@@ -82,22 +82,31 @@ def fed_draws(monkeypatch):
 @pytest.fixture(scope="session")
 def quantized_folder(tiny_folder, tmp_path_factory):
     """The tiny checkpoint with every linear of the Slow AR replaced by a random 4-bit weight with a shuffled g_idx."""
-    folder = tmp_path_factory.mktemp("quantized")
-    source = open_checkpoint(tiny_folder)
+    return write_quantized(tiny_folder, tmp_path_factory.mktemp("quantized"), 4)
+
+
+@pytest.fixture(scope="session")
+def folder_of_8_bits(tiny_folder, tmp_path_factory):
+    """The same in 8 bits."""
+    return write_quantized(tiny_folder, tmp_path_factory.mktemp("quantized-8"), 8)
+
+
+def write_quantized(dense, folder, bits):
+    source = open_checkpoint(dense)
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": 4,
+        "bits": bits,
         "group_size": 32,
         "desc_act": True,
         "sym": True,
     }
     write_json(folder / "config.json", {**source.config.raw, "quantization_config": quantization})
-    carry_files(tiny_folder, folder)
+    carry_files(dense, folder)
     writer = ShardWriter(folder)
     for number, (name, spec) in enumerate(expected_tensors(source.config).items()):
         if spec.kind == "linear" and name.startswith("text_model."):
-            weight = cases.quantized_weight(*spec.shape, seed=number)
+            weight = cases.quantized_weight(*spec.shape, seed=number, bits=bits)
             for part, tensor in pack(weight).items():
                 writer.add(f"{spec.module}.{part}", tensor)
         else:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from s2quant.errors import UserError
 from s2quant.runtime import linears
-from s2quant.runtime.linears import Int4Linear, ReferenceLinear, int4_obstacle, make_linear
+from s2quant.runtime.linears import Int4Linear, int4_obstacle, make_linear
 
 SHAPES = [(16, 32), (48, 128), (64, 192), (80, 256), (256, 96), (128, 9728)]
 
@@ -116,14 +116,40 @@ def test_bf16_scales_are_taken_as_they_are():
     ],
     ids=str,
 )
-def test_int4_by_name_says_what_it_cannot_take_and_auto_takes_the_reference(options, words):
+def test_int4_by_name_says_what_it_cannot_take(options, words):
     weight = cases.quantized_weight(**({"out_features": 64, "in_features": 96} | options))
     assert words in int4_obstacle(weight)
     with pytest.raises(UserError, match=words) as error:
         make_linear(weight, torch.bfloat16, "int4")
     assert "reference" in error.value.todo
-    linear = make_linear(weight, torch.bfloat16, "auto")
-    assert isinstance(linear, ReferenceLinear) and linear.backend == "reference"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_is_the_reference_bit_for_bit(bits, dtype):
+    weight = cases.quantized_weight(40, 96, bits=bits)
+    linear = make_linear(weight, dtype, "dense")
+    assert linear.backend == "dense" and linear.weight.dtype == dtype
+    for rows in (1, 6):
+        x = inputs(rows, 96).to(dtype)
+        assert torch.equal(linear(x), make_linear(weight, dtype, "reference")(x))
+    y = linear(inputs(6, 96, torch.float16).view(2, 3, 96))
+    assert y.dtype == torch.float16 and y.shape == (2, 3, 40)
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"group_size": 16}, {"out_features": 24}], ids=str)
+def test_auto_is_dense_on_a_cpu_where_no_kernel_takes_the_weight(options):
+    weight = cases.quantized_weight(**({"out_features": 64, "in_features": 96} | options))
+    assert make_linear(weight, torch.bfloat16).backend == "dense"
+    assert make_linear(weight, torch.float32).backend == "reference"
+
+
+def test_auto_is_the_reference_on_a_gpu_where_no_kernel_takes_the_weight(monkeypatch):
+    weight = SimpleNamespace(codes=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(linears, "_is_triton_best", lambda weight: False)
+    monkeypatch.setattr(linears, "int4_obstacle", lambda weight: "no")
+    monkeypatch.setattr(linears, "ReferenceLinear", lambda weight: "reference")
+    assert make_linear(weight, torch.bfloat16) == "reference"
 
 
 @pytest.mark.parametrize(("capability", "obstacle", "backend"), [
@@ -146,5 +172,5 @@ def test_auto_is_int4_in_bf16_and_exact_otherwise():
     assert make_linear(weight, torch.bfloat16).backend == "int4"
     assert make_linear(weight, torch.float32).backend == "reference"
     assert make_linear(weight, torch.float32, "int4").backend == "int4"
-    with pytest.raises(UserError, match=r"'int3'[\s\S]*auto, reference, int4"):
+    with pytest.raises(UserError, match=r"'int3'[\s\S]*auto, reference, dense, int4"):
         make_linear(weight, torch.bfloat16, "int3")

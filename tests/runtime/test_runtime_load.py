@@ -13,6 +13,8 @@ from s2quant.runtime.linears import Int4Linear, QuantizedLinear
 from s2quant.runtime.load import device_name, parse_device, set_module
 from s2quant.runtime.speech import Request
 
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
 
 def linears(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
@@ -64,6 +66,20 @@ def test_the_choice_of_linears_is_recorded(quantized_folder, tokens):
     truth = exact(tokens).hidden
     errors = [(model(tokens).hidden.float() - truth).square().mean().sqrt() for model in (auto, reference)]
     assert errors[0] < 1.3 * errors[1] < 0.1  # int4 is as far from float32 as bf16 is
+
+
+@torch.no_grad()
+def test_8_bits_are_as_near_as_bf16_whatever_computes_them(folder_of_8_bits, tokens, monkeypatch):
+    truth = load_model(folder_of_8_bits, dtype=torch.float32)(tokens).hidden
+    reference = load_model(folder_of_8_bits, linears="reference")(tokens).hidden
+    chosen = load_model(folder_of_8_bits)
+    assert {linear.backend for linear in linears(chosen).values()} == {"int8" if HAS_AVX512 else "dense"}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    dense = load_model(folder_of_8_bits)
+    assert {linear.backend for linear in linears(dense).values()} == {"dense"}
+    assert torch.equal(dense(tokens).hidden, reference)
+    errors = [(hidden.float() - truth).square().mean().sqrt() for hidden in (chosen(tokens).hidden, reference)]
+    assert errors[0] < 1.3 * errors[1] < 0.1
 
 
 def test_a_model_is_loaded_for_use(tiny_folder):

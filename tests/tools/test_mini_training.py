@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -418,6 +419,20 @@ def test_tags_are_heard() -> None:
         assert pitch_hz(say(f"[low] {text}")) < 0.92 * pitch_hz(plain)
         assert longest_silence_s(say(text.replace("opened", "opened [pause]"))) > longest_silence_s(plain) + 0.2
         assert abs(float(np.sqrt(np.mean(plain**2))) - speech.LEVEL) < 0.01
+
+
+def test_the_judge_s_options_are_called_as_those_of_s2quant_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("whisper")
+    from mini import judge
+
+    seen: list[judge.Options] = []
+    monkeypatch.setattr(judge, "run", lambda options: seen.append(options) or {})
+    files = ["--model", "M", "--asr-model", "W.pt", "--out", "O"]
+    monkeypatch.setattr(sys, "argv", ["judge.py", *files, "--limit", "3", "--slots", "2", "--seeds", "0,2"])
+    judge.main()
+    found = seen[0]
+    assert (found.model, found.asr_model, found.out) == (Path("M"), Path("W.pt"), Path("O"))
+    assert (found.limit, found.num_slots, found.seeds) == (3, 2, (0, 2))
 
 
 @pytest.mark.skipif(not (speech.LIBRARIES / "libflite.so.1").exists(), reason="needs Debian's flite")

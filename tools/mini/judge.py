@@ -1,7 +1,7 @@
 """Listen to s2-mini: word errors by two recognizers, ends, voices told apart, tags obeyed; raw speech beside it.
 
-    python tools/mini/judge.py --model models/s2-mini --recognizer models/whisper-mini/whisper-mini.pt --out DIR
-        [--split test] [--clips 200] [--seeds 0,1,2] [--pocketsphinx] [--resemblyzer] [--device cpu]
+    python tools/mini/judge.py --model models/s2-mini --asr-model models/whisper-mini/whisper-mini.pt --out DIR
+        [--split test] [--limit 200] [--seeds 0,1,2] [--slots 8] [--pocketsphinx] [--resemblyzer] [--device cpu]
 
 Every clip is a held-out sentence spoken in the voice of a reference (another held-out sentence by the same voice). The
 same sentence spoken by flite itself, and that after the codec, are judged beside it: what they miss is not the
@@ -51,13 +51,13 @@ class Options:
     """What to judge, and how."""
 
     model: Path
-    recognizer: Path
+    asr_model: Path
     out: Path
     flite: Path = speech.LIBRARIES
     device: str = "cpu"
     dtype: str = "bfloat16"
     split: grammar.Split = "test"
-    clips: int = 200
+    limit: int = 200
     seeds: tuple[int, ...] = (0,)
     max_frames: int = 400
     num_slots: int = 8
@@ -103,7 +103,7 @@ class Judge:
         assert self.engine.codec is not None
         self.codec = self.engine.codec
         texts = grammar.sentences(1001, options.split)
-        self.lines = [(text, VOICES[i % len(VOICES)]) for i, text in enumerate(itertools.islice(texts, options.clips))]
+        self.lines = [(text, VOICES[i % len(VOICES)]) for i, text in enumerate(itertools.islice(texts, options.limit))]
         others = list(itertools.islice(grammar.sentences(2002, options.split), 8 * len(VOICES)))
         self.references: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
         for i, text in enumerate(others):
@@ -312,7 +312,7 @@ def run(options: Options) -> dict[str, Any]:
     tagged, _ = judge.say(judge.tag_items(), options.seeds[0])
     plain, _ = judge.say([("default", text, "default") for text, _ in judge.lines[:12]], options.seeds[0])
     clips += tagged + plain
-    transcribe(clips, options.recognizer, options.device)
+    transcribe(clips, options.asr_model, options.device)
     if options.pocketsphinx:
         transcribe_pocketsphinx(clips, options.out)
     if options.resemblyzer:
@@ -335,16 +335,17 @@ def run(options: Options) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "recognizer", "out"):
+    for name in ("model", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--asr-model", type=Path, required=True, help="the recognizer")
     parser.add_argument("--flite", type=Path, default=speech.LIBRARIES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=200, help="the first N sentences, each spoken with every seed")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--max-frames", type=int, default=400)
-    parser.add_argument("--num-slots", type=int, default=8)
+    parser.add_argument("--slots", dest="num_slots", type=int, default=8, help="clips in progress at a time")
     parser.add_argument("--keep", type=int, default=20)
     parser.add_argument("--pocketsphinx", action="store_true")
     parser.add_argument("--resemblyzer", action="store_true")

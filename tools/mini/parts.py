@@ -263,12 +263,12 @@ def run_judge(part: Part) -> None:
     shutil.copyfile(part.work / FINAL_CODEC, part.work / "s2-mini" / "codec.pth")
     options = judge.Options(
         model=part.work / "s2-mini",
-        recognizer=part.work / "whisper-mini.pt",
+        asr_model=part.work / "whisper-mini.pt",
         out=part.work / "judged",
         flite=part.args.flite,
         device=part.device,
         split="validation",
-        clips=4 if part.args.small else part.args.clips,
+        limit=4 if part.args.small else part.args.clips,
         max_frames=16 if part.args.small else 400,
         num_slots=4 if part.args.small else 80,
         keep=24,
