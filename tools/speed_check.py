@@ -1,6 +1,6 @@
 """Check and time the fast decoder's kernels on one GPU: linears, exactness, whole frames, variants, a profile.
 
-    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 280]
+    python tools/speed_check.py --out DIR [--only kernels,linears,...] [--seconds 360]
 
 Needs no files: weights are random, drawn on the device. Parts run in the order of what they are worth, each in a time
 of its own; DIR/speed.json is written after every item and DIR/speed.md after every part, so that a run that is cut off

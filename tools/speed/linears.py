@@ -261,9 +261,9 @@ def compile_one(case: Case, rows: int, plan: Plan, how: How) -> None:
     multiply(weight, x, rows, then, plan, how, launch=False)
 
 
-def jobs(case: Case, rows: int, every: bool, how: How = MEASURED) -> Iterator[Job]:
-    """List what will need compiled: every shape worth trying, or the one in use."""
-    kind = Weight(
+def weight_like(case: Case) -> Weight:
+    """Give a weight of a case, without its numbers."""
+    return Weight(
         kind=case.kind,
         first=torch.empty(0),
         second=None,
@@ -272,6 +272,16 @@ def jobs(case: Case, rows: int, every: bool, how: How = MEASURED) -> Iterator[Jo
         group_size=case.group_size,
         gated=case.gated,
     )
+
+
+def table_key(weight: Weight, plan: Plan, rows: int) -> Key:
+    """Say where a plan for so many rows stands in its table."""
+    return key_of(weight, rows_of(rows) if isinstance(plan, Block) else columns_for(rows))
+
+
+def jobs(case: Case, rows: int, every: bool, how: How = MEASURED) -> Iterator[Job]:
+    """List what will need compiled: every shape worth trying, or the one in use."""
+    kind = weight_like(case)
     for plan in plans(kind, rows, how) if every else [plan_for(kind, rows, how)]:
         yield case, rows, plan, how
 
@@ -328,7 +338,7 @@ def tune(
     first = [seconds for seconds, plan in found if plan == wanted[0]]
     row = {
         "rows": rows,
-        "key": list(key_of(made.weight, rows_of(rows) if is_many(rows, how) else columns_for(rows))),
+        "key": list(table_key(made.weight, best[1], rows)),
         "us": 1e6 * best[0],
         "us_rule": 1e6 * first[0] if first else None,
         "shape": numbers(best[1]),

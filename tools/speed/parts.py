@@ -19,7 +19,7 @@ from s2quant.runtime.kernels.choice import is_many, plan_for
 from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
 from s2quant.runtime.kernels.weights import Block
-from tools.speed import frames, linears, others
+from tools.speed import frames, linears, others, settle
 from tools.speed.check import Check, as_first, for_model
 from tools.speed.timing import bandwidth, card_state
 
@@ -77,6 +77,10 @@ def compile_part(check: Check) -> None:
             wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name))
     for name, batch, _, how in variants_of(check):
         wanted += frames.listed(model_of(check, name), batch, *sizes, how)
+    if "settle" in check.options.only:  # ways that an earlier run has timed; those of this one are compiled by then
+        for name, batch in settle.FRAMES[check.size]:
+            how = for_model(check.how, name)
+            wanted += settle.jobs_of(listed_jobs(check, name, batch), check.facts.get("tune", []), how)
     for case in cases:  # what the part "linears" compares many rows with
         for rows in (32, 64):
             wanted += linears.jobs(case, rows, False, replace(check.how, many_rows=False))
@@ -84,6 +88,12 @@ def compile_part(check: Check) -> None:
     check.say(f"{len(wanted)} kernels to compile")
     failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.deadline)
     check.facts["compiled"] = {"wanted": len(wanted), "not": len(failed)}
+
+
+def listed_jobs(check: Check, name: str, batch: int) -> list[linears.Job]:
+    """List the linears of a frame, as it is launched."""
+    position, residual = 480 if check.big else 40, min(1024, config_of(check.size).codebook_size)
+    return frames.listed(model_of(check, name), batch, position, residual, for_model(check.how, name))
 
 
 def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
@@ -139,6 +149,33 @@ def tune_part(check: Check) -> None:
                 f"{1e6 * row['bytes'] / speed:5.1f}) {row['shape']} tried {row['tried'][:4]}"
             )
         found.append(row)
+        text = linears.table(shapes.TUNED, shapes.TUNED_MANY, check.facts["device"])
+        (check.options.out / "tuned.py").write_text(text)
+
+
+def settle_part(check: Check) -> None:
+    """Keep what makes whole frames fastest, among the ways that the part "tune" found fastest by themselves."""
+    residual, position = min(1024, config_of(check.size).codebook_size), 480 if check.big else 40
+    tuned = check.facts.get("tune", [])
+    named = {f"{name} batch {batch}": (name, batch) for name, batch in settle.FRAMES[check.size]}
+    for title, found in check.items("settle", list(named)):
+        name, batch = named[title]
+        model, how = model_of(check, name), for_model(check.how, name)
+        row: dict[str, Any] = {"model": name, "batch": batch}
+
+        def milliseconds() -> float:
+            times = frames.frame_times(model, batch, position, residual, True, how, alone=True)  # noqa: B023
+            return float(times["ms"])
+
+        def work() -> dict[str, Any]:
+            before = milliseconds()
+            chosen = settle.choices(listed_jobs(check, name, batch), tuned)  # noqa: B023
+            rows = settle.settle(chosen, milliseconds, lambda: time.perf_counter() < check.deadline)
+            return {"before_ms": before, "ms": milliseconds(), "linears": rows}
+
+        check.tried(row, work)
+        found.append(row)
+        check.say(f"{title}: {row.get('before_ms', 0):.3f} -> {row.get('ms', 0):.3f} ms; {row.get('linears')}")
         text = linears.table(shapes.TUNED, shapes.TUNED_MANY, check.facts["device"])
         (check.options.out / "tuned.py").write_text(text)
 
@@ -272,7 +309,10 @@ def exact_part(check: Check) -> None:
 def profile_part(check: Check) -> None:
     if not check.cuda:
         return
-    jobs = {f"{name} batch {batch}": (name, batch) for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 32), ("w4a16", 64), ("bf16", 64))}
+    jobs = {
+        f"{name} batch {batch}": (name, batch)
+        for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 32), ("w4a16", 64), ("bf16", 64))
+    }
     for title, found in check.items("profile", list(jobs)):
         name, batch = jobs[title]
         how = replace(check.how, early=False)  # a kernel that starts early is on the clock while it waits
@@ -291,6 +331,7 @@ WORK: dict[str, Callable[[Check], None]] = {
     "frames": frames_part,
     "variants": variants_part,
     "tune": tune_part,
+    "settle": settle_part,
     "profile": profile_part,
     "linears": linears_part,
 }

@@ -173,9 +173,7 @@ def attention_kernel(
         sums = tl.where(owner, 1.0, 0.0) * v.to(tl.float32) + tl.zeros((16, WIDTH), tl.float32)
         begin = first
         if AHEAD:
-            best, weight, sums = _attended(
-                q, first_keys, first_values, first_inside, scale, best, weight, sums, DEVICE
-            )
+            best, weight, sums = _attended(q, first_keys, first_values, first_inside, scale, best, weight, sums, DEVICE)
             begin += BLOCK
         for start in range(begin, tl.minimum(first + stretch, position), BLOCK):
             k_t, seen, inside = _seen(keys, values, cached, start, d, position, BLOCK, WIDTH)
@@ -191,9 +189,7 @@ def attention_kernel(
             if turn == live - 1:
                 tl.store(arrived + slot * KV_HEADS + kv, 0)
                 first_part = (slot * KV_HEADS + kv) * SPLITS
-                result = _joined(
-                    part_sums, part_stats, first_part, live, h, d, SHARE, WIDTH, JOINED_, HEADS_BLOCK
-                )
+                result = _joined(part_sums, part_stats, first_part, live, h, d, SHARE, WIDTH, JOINED_, HEADS_BLOCK)
                 its = out + row * (HEADS * WIDTH) + joined
                 tl.store(its, result.to(out.dtype.element_ty), (h < SHARE)[:, None])
         else:

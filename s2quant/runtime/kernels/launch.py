@@ -20,7 +20,7 @@ class How:
         early_dense: Whether bf16 products do, too.
         live_rows: Whether up to 8 rows of x are read as far as they exist, not all eight.
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
-        keys_first: Whether a long context's first keys and values are asked for before waiting, too, where rows are few.
+        keys_first: Whether a long context's first keys and values are asked for before waiting, where rows are few.
         narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
             find room beside them.
         flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;

@@ -72,7 +72,7 @@ def embed_kernel(
     token = tl.load(column)
     rows = ()  # all codes before the first row of the table: loads keep their order, and a row waits for its code
     for i in tl.static_range(CODEBOOKS):
-        rows = rows + (audio + (tl.load(column + 1 + i) + i * codebook_size) * D,)
+        rows = rows + (audio + (tl.load(column + 1 + i) + i * codebook_size) * D,)  # type: ignore[assignment]
     x = tl.load(text + token * D + d, inside, 0.0).to(tl.float32)
     if (token >= first_semantic) & (token <= last_semantic):
         sums = tl.zeros((BLOCK,), tl.float32)
