@@ -226,7 +226,7 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "long_stretches", "early_dense", "early")  # what counts at many rows; at few the last two do
+MANY_WAYS = ("many_rows", "long_stretches", "early")  # what counts at many rows; at few only the last does
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
@@ -236,11 +236,13 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
         how, many = for_model(check.how, name), batch > 16
         switches = {key: value for key, value in vars(how).items() if isinstance(value, bool)}
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_WAYS[:2])]
-        chosen = [key for key in chosen if how.early or key != "early_dense"]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
         for key in chosen:
             title = f"without {key}" if switches[key] else f"with {key}"
             more[title] = replace(how, **{key: not switches[key]})
+        if how.early:  # the Fast AR begins with two tokens a row
+            rows = 0 if batch <= how.early_dense else 2 * batch
+            more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
         found += [(name, batch, title, way) for title, way in more.items()]
     return found

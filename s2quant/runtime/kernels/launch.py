@@ -17,7 +17,7 @@ class How:
 
     Args:
         early: Whether a kernel may start before the one before it has ended (programmatic dependent launch).
-        early_dense: Whether bf16 products do, too.
+        early_dense: The most rows of x for which bf16 products do, too; 0: they never do.
         live_rows: Whether up to 8 rows of x are read as far as they exist, not all eight.
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
         keys_first: Whether a long context's first keys and values are asked for before waiting, where rows are few.
@@ -32,7 +32,7 @@ class How:
     """
 
     early: bool = False
-    early_dense: bool = True
+    early_dense: int = 7
     live_rows: bool = True
     loads_first: bool = True
     keys_first: bool = True
@@ -44,9 +44,9 @@ class How:
     attention_warps: int = 4
 
 
-# What is used. Early starts win 0.4 ms of a W4A16 frame; where bf16 products start early, that costs 0.4 ms of a W4A16
-# frame and 0.8 of a bf16 one (reports/2026-11-26-batches).
-MEASURED = How(early=True, early_dense=False)
+# What is used, as measured (reports/2026-11-26-batches). Early starts win 0.14 ms of a W4A16 frame at batch 1, those of
+# its bf16 products 0.12 more; at 8 rows and more these cost time, and in a bf16 model all of them do.
+MEASURED = How(early=True)
 MEASURED_DENSE = How()
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
 

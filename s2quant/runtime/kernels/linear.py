@@ -313,7 +313,7 @@ def linear(
         *(weight.first, second, x, *_tensors(then, x), num_rows, then.out.shape[1]),
         *(1 if then.squares_in is None else then.squares_in.shape[1], then.eps),
     )
-    early = how.early and (how.early_dense or weight.kind != "bf16")
+    early = how.early and (num_rows <= how.early_dense or weight.kind != "bf16")
     options = {**arguments, "num_warps": shape.warps, **early_options(early)}
     if how.narrow and columns <= 2 and not INTERPRETED:
         options["maxnreg"] = SHARED_REGISTERS

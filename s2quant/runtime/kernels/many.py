@@ -290,7 +290,7 @@ def many(
         for tensor in (then.place, then.squares_in, then.norm, then.hidden, then.out, then.squares_out)
     ]
     sizes = (num_rows, outputs, 1 if then.squares_in is None else then.squares_in.shape[1], then.eps)
-    early = early_options(how.early and (how.early_dense or packed))
+    early = early_options(how.early and (num_rows <= how.early_dense or packed))
     shared = {
         "K": weight.in_features,
         "SPLITS": block.splits,
