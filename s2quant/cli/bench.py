@@ -35,6 +35,10 @@ def add(commands: Any) -> None:
         "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
     )
     command.add_argument(
+        "--prompt-graphs", action="store_true", default=None,
+        help="fast: prompts as graphs too, in padded pieces (not measured yet)",
+    )  # fmt: skip
+    command.add_argument(
         "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
@@ -81,6 +85,7 @@ def _bench(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             linears=options.linears,
             decoder=options.decoder,
+            prompt_graphs=options.prompt_graphs,
             progress=report,
         )
     if options.out is not None:

@@ -33,6 +33,7 @@ from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.memory import limit_memory
+from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
 
@@ -68,6 +69,7 @@ def measure_speed(
     dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
     decoder: DecoderKind = "plain",
+    prompt_graphs: bool | None = None,
     voice: Voice | None = None,
     streams: Sequence[int] = (),
     memory_limit_gb: float | None = None,
@@ -87,6 +89,7 @@ def measure_speed(
         dtype: The models', one of torch's or its name.
         linears: Backend of the quantized linears.
         decoder: How frames are made, see `Engine`.
+        prompt_graphs: How prompts are read, see `Engine`.
         voice: Whose first sound is timed as well, see `s2quant.evaluate.first_audio`; None times none.
         streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
         memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
@@ -95,8 +98,8 @@ def measure_speed(
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, memory_limit_gb, low_memory, text, num_frames, repeats, warmup_s (of all
-        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends, decoding: see
+        version, device, dtype, decoder, prompt_graphs, memory_limit_gb, low_memory, text, num_frames, repeats,
+        warmup_s (of all arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends, decoding: see
         `describe_decoding`), and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf,
         first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill,
         ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples (every
@@ -114,7 +117,14 @@ def measure_speed(
     if memory_limit_gb is not None:
         limit_memory(target, memory_limit_gb * 1e9)
     slots = max(*batch_sizes, *streams, 1)
-    arms = [_load(name, folder, target, dtype, linears, slots, decoder, low_memory) for name, folder in folders.items()]
+    how: dict[str, Any] = {
+        "linears": linears,
+        "num_slots": slots,
+        "decoder": decoder,
+        "prompt_graphs": prompt_graphs,
+        "encoder_on_host": low_memory,
+    }
+    arms = [_load(name, folder, target, dtype, how) for name, folder in folders.items()]
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
@@ -136,6 +146,7 @@ def measure_speed(
         "device": device_name(target),
         "dtype": str(dtype).removeprefix("torch."),
         "decoder": decoder,
+        "prompt_graphs": decoder == "fast" and (PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs),
         "memory_limit_gb": memory_limit_gb,
         "low_memory": low_memory,
         "text": text,
@@ -218,19 +229,10 @@ def _check_room(engine: Engine, request: Request) -> None:
         )
 
 
-def _load(
-    name: str,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    linears: Backend,
-    num_slots: int,
-    decoder: DecoderKind,
-    low_memory: bool,
-) -> _Arm:
+def _load(name: str, folder: Path, device: torch.device, dtype: torch.dtype, how: Mapping[str, Any]) -> _Arm:
     before = _allocated(device)
     started = time.perf_counter()
-    engine = load_engine(folder, device, dtype, linears, num_slots, decoder, encoder_on_host=low_memory)
+    engine = load_engine(folder, device, dtype, **how)
     wait_for(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)

@@ -1,6 +1,15 @@
 """The speech model as pure maths: Slow AR, Fast AR, both together; no cache, no sampling, no files."""
 
-from s2quant.model.attention import Attend, Attention, Block, Rotary, causal_attention, run_blocks, softmax_attention
+from s2quant.model.attention import (
+    Attend,
+    Attention,
+    Block,
+    Rotary,
+    causal_attention,
+    causal_mask,
+    run_blocks,
+    softmax_attention,
+)
 from s2quant.model.dual import DualAR, DualOutput
 from s2quant.model.fast import FastAR
 from s2quant.model.names import disk_name, module_name
@@ -17,6 +26,7 @@ __all__ = [
     "SlowAR",
     "SlowOutput",
     "causal_attention",
+    "causal_mask",
     "check_tokens",
     "disk_name",
     "module_name",

@@ -61,21 +61,21 @@ class Rotary:
         return cached[:num_positions]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attend causally through torch's scaled dot product; the queries are the last T of the S key positions.
 
     Args:
         q: [B, T, H, h].
         k: [B, S, KV, h].
         v: [B, S, KV, h].
+        mask: What `causal_mask` gives, by whoever has it already; None: made here.
 
     Returns:
         [B, T, H, h].
     """
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    mask = None
-    if num_queries not in (1, num_keys):
-        mask = _causal_mask(num_queries, num_keys, q.device)
+    num_queries = q.shape[1]
+    if mask is None:
+        mask = causal_mask(num_queries, k.shape[1], q.device)
     if mask is not None:  # the kernels that take a mask do not share heads, and the one that does is far slower
         k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
     y = F.scaled_dot_product_attention(
@@ -106,6 +106,20 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if num_queries > 1:
         scores = scores.masked_fill(~_causal_mask(num_queries, k.shape[1], q.device), float("-inf"))
     return (torch.softmax(scores, dim=-1) @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """Say what `causal_attention` needs to be told of who may look at whom.
+
+    Args:
+        num_queries: T.
+        num_keys: S.
+        device: Where the mask is needed.
+
+    Returns:
+        bool [T, S], True = may look; None where torch itself knows.
+    """
+    return None if num_queries in (1, num_keys) else _causal_mask(num_queries, num_keys, device)
 
 
 def _causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.checkpoint.config import TransformerConfig
-from s2quant.model import Attend, causal_attention, softmax_attention
+from s2quant.model import Attend, causal_attention, causal_mask, softmax_attention
 
 
 class KVCache:
@@ -100,13 +100,16 @@ class KVCache:
         Returns:
             One function per layer; each takes B = 1, writes its keys and values, and attends causally.
         """
+        masks: list[Tensor | None] = []  # the same in all layers, made by the first
 
         def attend_for(layer: int) -> Attend:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 end = start + k.shape[1]
                 keys, values = self.keys[layer, slot, :, :end], self.values[layer, slot, :, :end]  # [KV, end, h]
                 keys[:, start:], values[:, start:] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-                return causal_attention(q, keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+                if not masks:
+                    masks.append(causal_mask(k.shape[1], end, q.device))
+                return causal_attention(q, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], masks[0])
 
             return attend
 
@@ -180,6 +183,40 @@ class KVCache:
                 self.values[layer, rows, :, positions] = v[:, 0]
                 keys, values = (part[layer, : len(rows), :, :context] for part in (self.keys, self.values))
                 return _attend_step(q, keys, values, mask)
+
+            return attend
+
+        return [attend_for(layer) for layer in range(self.num_layers)]
+
+    def piece_attends(self, slot: Tensor, positions: Tensor, context: int) -> list[Attend]:
+        """Make the `attend` functions for a run of positions that only the device knows; shapes depend on no value.
+
+        Args:
+            slot: int64 [1], the slot.
+            positions: int64 [T], rising. Those behind the cache's end are padding, and written to its last position.
+            context: Positions that are looked at; more than every position that is no padding, at most the capacity.
+
+        Returns:
+            One function per layer; each takes B = 1, writes its keys and values, and attends causally.
+        """
+        where = positions.clamp(max=self.capacity - 1)
+        num_kv, dtype = self.keys.shape[2], self.keys.dtype
+        hidden = torch.arange(context, device=self.keys.device) > positions[:, None]  # [T, C]
+        causal = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+        masks: list[Tensor] = []  # [T H/KV, C], made by the first layer
+
+        def attend_for(layer: int) -> Attend:
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                length, heads, width = q.shape[1:]
+                group = heads // num_kv
+                if not masks:
+                    masks.append(causal.repeat(group, 1))
+                self.keys[layer, slot, :, where], self.values[layer, slot, :, where] = k[0], v[0]
+                keys, values = (part[layer, :, :, :context][slot] for part in (self.keys, self.values))  # [1, KV, C, h]
+                # heads that share keys are taken as query rows, so that no key is repeated
+                rows = q.view(length, num_kv, group, width).permute(1, 2, 0, 3).reshape(1, num_kv, -1, width)
+                y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=masks[0])
+                return y.view(num_kv, group, length, width).permute(2, 0, 1, 3).reshape(q.shape)
 
             return attend
 

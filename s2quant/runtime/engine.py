@@ -63,9 +63,11 @@ class Engine:
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
+        prompt_graphs: Whether the fast decoder reads prompts in padded pieces, on a GPU as graphs
+            (`s2quant.runtime.prompt_graphs`); None: as measured to be best.
 
     Raises:
-        UserError: num_slots is not positive, or the decoder is unknown.
+        UserError: num_slots is not positive, the decoder is unknown, or it is the plain one and shall read by graphs.
     """
 
     def __init__(
@@ -77,14 +79,17 @@ class Engine:
         decoder: DecoderKind = "plain",
         prefix_bytes: int = PREFIX_BYTES,
         residual_size: int = RELEASED_RESIDUAL_SIZE,
+        prompt_graphs: bool | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
+        if prompt_graphs and decoder == "plain":
+            raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
         if num_slots < 1:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
-        self.num_slots, self.decoder = num_slots, decoder
+        self.num_slots, self.decoder, self.prompt_graphs = num_slots, decoder, prompt_graphs
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
@@ -246,7 +251,7 @@ class Engine:
         decoder, self._idle = self._idle, None
         if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
             decoder = None  # freed before the next one is made
-            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size)
+            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prompt_graphs=self.prompt_graphs)
             decoder.prefixes = self.prefixes
         try:
             yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
@@ -369,6 +374,7 @@ def load_engine(
     voice_cache: Path | None = None,
     memory_limit_bytes: float | None = None,
     encoder_on_host: bool = False,
+    prompt_graphs: bool | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -385,6 +391,7 @@ def load_engine(
             needs; None sets no limit.
         encoder_on_host: Whether what only encoding a recording needs of the codec, half of it, is on the device only
             while it encodes.
+        prompt_graphs: See `Engine`; None: as measured to be best.
 
     Returns:
         The engine.
@@ -404,6 +411,6 @@ def load_engine(
         codec.rest_encoder("cpu")
         memory.release_memory()
     model = memory.guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, memory.LOADING_TODO)
-    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
+    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes, prompt_graphs=prompt_graphs)
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine

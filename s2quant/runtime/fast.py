@@ -25,6 +25,7 @@ from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import fused_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
+from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS, PromptReader
 from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
 from s2quant.sampling import Sampling
 
@@ -103,6 +104,8 @@ class FastDecoder:
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
         fused: Whether frames are made by our own kernels (`s2quant.runtime.fused`); None: where they can.
+        prompt_graphs: Whether prompts are read in padded pieces, captured where frames are; None: PROMPT_GRAPHS of
+            `s2quant.runtime.prompt_graphs`.
 
     Raises:
         UserError: Kernels are wanted and cannot run this model.
@@ -116,6 +119,7 @@ class FastDecoder:
         residual_size: int,
         graphs: bool | None = None,
         fused: bool | None = None,
+        prompt_graphs: bool | None = None,
     ) -> None:
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
@@ -138,6 +142,10 @@ class FastDecoder:
         self._table = model.slow.rotary.table(self.cache.capacity, self.device)
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
+        self.reader: PromptReader | None = None
+        if PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs:
+            wanted = self.graphs_wanted
+            self.reader = PromptReader(model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool)
         self._num_reads = 0
         self._generators: list[torch.Generator | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
@@ -197,10 +205,10 @@ class FastDecoder:
         """
         slow, state, length = self.model.slow, self.state, tokens.shape[1]
         self.ensure(length)
-        before = tokens[:, :-1]
-        read_prompt(slow, self.cache, slot, before, held=held, prefix=prefix, prefixes=self.prefixes)
         assert drawn <= self._made[slot] <= drawn + KEPT, (drawn, self._made[slot])
-        state.columns[slot] = tokens[:, -1].to(self.device)
+        state.columns[slot] = tokens[:, -1].to(self.device)  # waits for the device, so before it is given work
+        before, kept, reader = tokens[:, :-1], self.prefixes, self.reader
+        read_prompt(slow, self.cache, slot, before, held=held, prefix=prefix, prefixes=kept, reader=reader)
         state.positions[slot], state.draws[slot] = length - 1, drawn
         state.windows[slot], state.first[slot] = -1, True
         self.positions[slot], self._drawn[slot] = length - 1, drawn
@@ -226,6 +234,10 @@ class FastDecoder:
         """
         if capacity > self.cache.capacity:
             self._graphs.clear()
+            if self.reader is not None:
+                self.reader.forget()
+            if self._pool is not None:  # torch does not take a pool again that has lost all of its graphs
+                self._pool = torch.cuda.graph_pool_handle()
             self.cache.ensure(self._context_bucket(capacity))
             self._table = self.model.slow.rotary.table(self.cache.capacity, self.device)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
+from s2quant.runtime.prompt_graphs import PromptReader
 
 PREFIX_BYTES = 256 * 2**20  # of the real size: 1,800 positions, or seven voices of ten seconds
 
@@ -132,6 +133,7 @@ def read_prompt(
     held: int = 0,
     prefix: int = 0,
     prefixes: PrefixCache | None = None,
+    reader: PromptReader | None = None,
 ) -> Tensor | None:
     """Bring a prompt's keys and values into a slot.
 
@@ -143,11 +145,20 @@ def read_prompt(
         held: First positions whose keys and values are in the slot already.
         prefix: First positions that other prompts may share; 0 when none.
         prefixes: Where they are kept, or None.
+        reader: Reads in padded pieces, where it takes so many positions; None: everything is read as it is.
 
     Returns:
-        [1, T - start, D]: the last blocks' output at the positions read last; None when there was nothing to read.
+        [1, T - start, D]: the last blocks' output at the positions read last; None when there was nothing to read, or
+        when a reader has read it.
     """
     device, start = cache.keys.device, held if held >= prefix else 0  # never a prefix made of other pieces
+
+    def read(part: Tensor, first: int) -> Tensor | None:
+        if reader is not None and reader.takes(part.shape[1]):
+            reader.read(slot, part, first)
+            return None
+        return _read(slow, cache, slot, part, first)
+
     if start < prefix < tokens.shape[1]:
         if prefixes is not None:
             prefixes.belong_to(slow)
@@ -156,19 +167,19 @@ def read_prompt(
         if found is not None:
             cache.write(slot, found.keys, found.values)
         else:
-            _read(slow, cache, slot, tokens[:, :prefix], start)
+            read(tokens[:, :prefix], start)
             if prefixes is not None and prefixes.max_bytes:
                 keys, values = cache.copy(slot, prefix)
                 prefixes.keep(key, Prefix(keys=keys, values=values))
         start = prefix
-    return _read(slow, cache, slot, tokens, start) if start < tokens.shape[1] else None
+    return read(tokens, start) if start < tokens.shape[1] else None
 
 
 def _read(slow: SlowAR, cache: KVCache, slot: int, tokens: Tensor, start: int) -> Tensor:
     """Run the blocks over the positions from `start` on."""
     device = cache.keys.device
     x = slow.embed(tokens[None, :, start:].to(device))
-    table = slow.rotary.table(tokens.shape[1], device)[start:]
+    table = slow.rotary.table(tokens.shape[1], device)[start:].float()  # once, not twice in every layer
     return slow.blocks(x, table, cache.prefill_attends(slot, start))
 
 

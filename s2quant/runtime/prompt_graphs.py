@@ -1,0 +1,174 @@
+"""Prompts read as CUDA graphs: padded pieces of few sizes, so that the host asks for a piece, not for each operation.
+
+Legend: L positions of a piece, C context, N codebooks, P positions of the cache, h head width.
+
+Reading a prompt is some 2,700 small operations, which a host asks for more slowly than a GPU does them. Everything
+that differs from piece to piece (tokens, slot, first position) lives in tensors of fixed addresses; one graph exists
+per (L, C), and all give their memory back to one pool. A graph leaves nothing in the pool: what it makes are keys and
+values in the cache. On a CPU the same function runs as it is.
+
+Padding stands behind the real positions of a piece, where causality hides it from them. Its keys and values are
+written all the same, at positions that nobody looks at before they are written again: the positions of a slot are
+written in order, by the next piece, then by frames, and whoever looks from position p has written p himself and sees
+nothing behind it. Where the cache ends, padding goes to its last position. No prompt has a real position there, as a
+prompt's last position is left to the first frame (`FastDecoder.begin`), which writes it before it looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s2quant.model import SlowAR
+from s2quant.runtime.cache import KVCache
+from s2quant.runtime.triton_linear import MOST_ROWS, TritonLinear
+
+# Nothing is read by graphs unless it is asked for, because no GPU has run them. To be measured first, by the part
+# "prompts" of tools/stream_check.py: keys, values and logits as near to the eager ones as those are to one another;
+# the time to first audio in its three states; the memory that the pool takes, for W4A16 with 4096 positions.
+PROMPT_GRAPHS = False
+LEAST_PIECE = 16
+MOST_PIECE = 512
+MOST_CONTEXT = 4096  # beyond, the mask of a piece would take more memory than a graph is worth
+
+
+class PromptReader:
+    """Reads the positions of prompts into a cache, in padded pieces.
+
+    Args:
+        slow: The Slow AR.
+        cache: Its cache.
+        context_bucket: Gives C for the number of positions that are looked at; no more than the cache has for as many
+            as it has.
+        captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
+        pool: Gives the memory pool of the graphs, which no other stream uses.
+        most: Positions of the largest piece; None: as suits the model's linears.
+    """
+
+    def __init__(
+        self,
+        slow: SlowAR,
+        cache: KVCache,
+        context_bucket: Callable[[int], int],
+        captured: bool,
+        pool: Callable[[], Any] = lambda: None,
+        most: int | None = None,
+    ) -> None:
+        self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
+        self.captured, self.pool = captured, pool
+        self.most = largest_piece(slow) if most is None else most
+        device = cache.keys.device
+        with torch.inference_mode(False):  # written inside and outside of that mode
+            shape = (1, 1 + slow.config.num_codebooks, self.most)
+            self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+            self._start = torch.zeros(1, dtype=torch.int64, device=device)
+        self._table: Tensor | None = None  # float32 [P, h/2, 2], of the cache as long as it is now
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def takes(self, num_positions: int) -> bool:
+        """Say whether a prompt can be read in pieces.
+
+        Args:
+            num_positions: Its positions, with those that are in the slot already.
+
+        Returns:
+            Whether it can; else the plain way has to read it.
+        """
+        return self.context_bucket(num_positions) <= MOST_CONTEXT
+
+    def forget(self) -> None:
+        """Give up the graphs: the cache is about to move."""
+        self._graphs.clear()
+        self._table = None
+
+    def read(self, slot: int, tokens: Tensor, start: int) -> None:
+        """Bring keys and values of the positions from `start` on into a slot.
+
+        Args:
+            slot: The slot, which holds the positions before.
+            tokens: int64 [1+N, T], on the CPU; `takes` its T positions, which are fewer than those of the cache.
+            start: First position to be read, less than T.
+        """
+        length = tokens.shape[1]
+        assert start < length < self.cache.capacity and self.takes(length), (start, length, self.cache.capacity)
+        if self._table is None:
+            self._table = self.slow.rotary.table(self.cache.capacity, self._tokens.device).float()
+        sizes = pieces(length - start, self.most)
+        ids = F.pad(tokens[:, start:], (0, sum(sizes) - (length - start)))  # padded with text, whose id is valid
+        ids = ids.to(self._tokens.device)
+        self._slot.fill_(slot)
+        done = 0
+        for size in sizes:
+            self._tokens[0, :, :size] = ids[:, done : done + size]
+            self._start.fill_(start + done)
+            self._run(size, self.context_bucket(min(start + done + size, length)))
+            done += size
+
+    def _run(self, size: int, context: int) -> None:
+        """Read the piece that has been put in place."""
+        if not self.captured:
+            self._piece(size, context)
+            return
+        key = (size, context)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size, context)
+        self._graphs[key].replay()
+
+    def _capture(self, size: int, context: int) -> torch.cuda.CUDAGraph:
+        """Capture a piece, after it has been read without a graph: the graph is going to write the same once more.
+
+        So nothing has to be put back, and no memory is set aside for another stream.
+        """
+        self._piece(size, context)  # warm-up: libraries choose their kernels, Triton compiles and loads its own
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool()):
+            self._piece(size, context)
+        return graph
+
+    @torch.inference_mode()
+    def _piece(self, size: int, context: int) -> None:
+        """Read a piece; no shape depends on a value, and nothing waits for the device."""
+        assert self._table is not None
+        positions = self._start + torch.arange(size, device=self._start.device)
+        rows = self._table[positions.clamp(max=self.cache.capacity - 1)]
+        x = self.slow.embed(self._tokens[:, :, :size])
+        self.slow.blocks(x, rows, self.cache.piece_attends(self._slot, positions, context))
+
+
+def pieces(count: int, most: int) -> list[int]:
+    """Cut positions into pieces.
+
+    Args:
+        count: Positions, 1 or more.
+        most: Positions of the largest piece.
+
+    Returns:
+        Sizes in order: as many of the largest as are filled, then the smallest of LEAST_PIECE, 2 LEAST_PIECE, ... that
+        holds the rest; their sum is `count` or more.
+    """
+    whole, rest = divmod(count, most)
+    if not rest:
+        return [most] * whole
+    size = LEAST_PIECE
+    while size < rest:
+        size *= 2
+    return [most] * whole + [min(size, most)]
+
+
+def largest_piece(slow: SlowAR) -> int:
+    """Choose the largest piece for a model.
+
+    Args:
+        slow: The Slow AR.
+
+    Returns:
+        Positions: where kernels read codes, as many as they do that for. More rows would make a bf16 weight for a
+        moment, which takes 100 MB of the pool and, up to some hundred rows, the time of reading the codes again.
+    """
+    packed = any(isinstance(module, TritonLinear) for module in slow.modules())
+    return MOST_ROWS if packed else MOST_PIECE
