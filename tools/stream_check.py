@@ -5,8 +5,10 @@
 Makes a bf16 checkpoint of random weights of the real size under --work (11 GB) and a W4A16 one of the release's recipe
 (6 GB; rounded to nearest, with a random act order that w1 and w3 share: the time does not depend on the numbers). All
 else is done by `s2quant` commands in processes of their own, so that a part that fails or is out of memory loses
-nothing else. Writes DIR/stream.json after every part, and what each command printed beside it. Folders that are there
-are used again. `--size tiny --device cpu` tries the script itself.
+nothing else. The part "prompts", only where it is asked for, reads prompts by graphs: checks them, and times first
+sounds with and without; `--prompt-graphs` lets the part "bench" read so too. Writes DIR/stream.json after every part,
+and what each command printed beside it. Folders that are there are used again. `--size tiny --device cpu` tries the
+script itself.
 """
 
 from __future__ import annotations
@@ -146,7 +148,23 @@ def load(check: Check) -> dict[str, Any]:
 def bench(check: Check) -> dict[str, Any]:
     """Time frames, first sounds and streams of both checkpoints."""
     numbers = "1,8,32" if check.options.size == "s2-pro" else "1,3"
-    return check.bench("bench", [check.bf16, check.w4], "--batch", numbers, "--streams", numbers, "--repeats", "2")
+    words = ["--batch", numbers, "--streams", numbers, "--repeats", "2"]
+    words += ["--prompt-graphs"] if check.options.prompt_graphs else []
+    return check.bench("bench", [check.bf16, check.w4], *words)
+
+
+def prompts(check: Check) -> dict[str, Any]:
+    """Check and time prompts read by graphs, and the first sounds without and with them."""
+    options, found = check.options, {}
+    sizes = [] if options.size == "s2-pro" else ["--lengths", "1,17,70", "--starts", "0,9", "--repeats", "1"]
+    for folder in (check.bf16, check.w4):
+        name = f"prompts-{folder.name}"
+        words = ["tools/prompt_check.py", str(folder), "--out", str((options.out / f"{name}.json").resolve())]
+        found[name] = check.run(name, [*words, "--device", options.device, "--linears", options.linears, *sizes])
+    rounds = ("--batch", "1", "--frames", "60", "--repeats", "5" if options.size == "s2-pro" else "1")
+    for name, more in (("first-eager", []), ("first-graphs", ["--prompt-graphs"])):
+        found[name] = check.bench(name, [check.bf16, check.w4], *rounds, *more)
+    return found
 
 
 def memory(check: Check) -> dict[str, Any]:
@@ -181,7 +199,8 @@ def main() -> int:
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--against-mode", default="both")
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--prompt-graphs", action="store_true", help="the part bench reads prompts by graphs")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)},prompts")
     parser.add_argument("--seconds", type=float, default=560)
     check = Check(parser.parse_args())
     for folder in (check.options.out, check.options.work):

@@ -43,3 +43,16 @@ def test_a_part_that_fails_loses_no_other(script, tmp_path, monkeypatch):
     assert script.main() == 1
     parts = json.loads((tmp_path / "out" / "stream.json").read_text())["parts"]
     assert "ZeroDivisionError" in parts["load"]["exception"] and "left out" in parts["against"]
+
+
+def test_prompts_by_graphs_are_checked_and_timed(script, tmp_path, monkeypatch):
+    words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["stream_check.py", *map(str, words), "--only", "folders,prompts"])
+    assert script.main() == 0
+    found = json.loads((tmp_path / "out" / "stream.json").read_text())["parts"]["prompts"]
+    assert all(found[name]["status"] == 0 for name in ("prompts-bf16", "prompts-w4a16", "first-eager", "first-graphs"))
+    checked = json.loads((tmp_path / "out" / "prompts-bf16.json").read_text())
+    assert len(checked["rows"]) == 6 and not checked["faults"] and set(checked["rows"][0]["graphs"]) == {"64", "512"}
+    for name, graphs in (("first-eager", False), ("first-graphs", True)):
+        bench = json.loads((tmp_path / "out" / name / "bench.json").read_text())
+        assert bench["prompt_graphs"] is graphs and len(bench["first_audio"]) == 6

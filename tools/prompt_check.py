@@ -1,0 +1,192 @@
+"""Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
+
+    python tools/prompt_check.py MODEL --out FILE.json [--most 64,512] [--lengths 1,15,...] [--starts 0,7,130]
+
+Legend: T positions, N codebooks, C columns that may follow in speech.
+
+Slot 0 reads a prompt the eager way, slots 1 and 2 by graphs, slot 2 once more the eager way in two pieces. How far
+the two eager readings are apart is what rounding does; graphs may be twice as far apart from slot 0 as the worst of
+these (2^-8 at least, a bf16 number's own precision). What else must hold is exact: a graph gives the same bits in every
+slot and every time, and touches no slot but its own and nothing before the positions it reads. Exit status 1: it is
+not so, and FILE.json says for which prompts. `--device cpu` tries the script itself, with pieces but no graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from s2quant.checkpoint.config import S2Config
+from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.load import load_model
+from s2quant.runtime.prefix import read_prompt
+from s2quant.runtime.prompt_graphs import PromptReader, largest_piece
+from s2quant.sampling import Sampling
+
+LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64,512"
+PARTS = ("keys", "values", "hidden", "logits")
+LEAST, TIMES = 2**-8, 2.0  # what graphs may be apart: this, or so many times what eager readings are
+
+
+def random_prompt(config: S2Config, length: int) -> Tensor:
+    """Draw text and frames by turns of 20, int64 [1+N, T]."""
+    generator = torch.Generator().manual_seed(length)
+    size = min(1024, config.codebook_size)
+    codes = torch.randint(0, size, (config.num_codebooks, length), generator=generator)
+    text = torch.randint(0, min(1000, config.semantic_begin_id), (length,), generator=generator)
+    is_frame = torch.arange(length) // 20 % 2 == 1
+    ids = torch.where(is_frame, codes[0] + config.semantic_begin_id, text)
+    return torch.cat([ids[None], codes * is_frame])
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """Give the root mean square of the difference, relative to theirs."""
+    wide = theirs.float()
+    return float((ours.float() - wide).square().mean().sqrt() / wide.square().mean().sqrt().clamp(min=1e-30))
+
+
+class Readings:
+    """One decoder, read into in all ways."""
+
+    def __init__(self, options: argparse.Namespace, most_positions: int) -> None:
+        self.model = load_model(options.model, options.device, torch.bfloat16, options.linears)
+        self.decoder = FastDecoder(self.model, 3, most_positions, 1024, prompt_graphs=True)
+        cuda = self.decoder.device.type == "cuda"
+        self.wait = torch.cuda.synchronize if cuda else lambda: None
+        for slot in range(3):
+            generator = torch.Generator(self.decoder.device).manual_seed(slot)
+            self.decoder.seat(slot, generator, Sampling(), ignore_end=True)
+        self.readers: dict[int, PromptReader] = {}
+        for most in dict.fromkeys((largest_piece(self.model.slow), *options.mosts)):
+            self.readers[most] = PromptReader(
+                self.model.slow,
+                self.decoder.cache,
+                self.decoder._context_bucket,
+                self.decoder.graphs_wanted,
+                lambda: self.decoder._pool,
+                most,
+            )
+
+    def read(self, slot: int, tokens: Tensor, held: int, reader: PromptReader | None) -> float:
+        """Read a prompt behind what slot 0 holds; the seconds until the device has done it."""
+        if slot and held:
+            self.decoder.cache.write(slot, *self.decoder.cache.copy(0, held))
+        self.decoder.reader = reader
+        self.wait()
+        began = time.perf_counter()
+        self.decoder.begin(slot, tokens, 0, held)
+        self.wait()
+        return time.perf_counter() - began
+
+    def found(self, slot: int, tokens: Tensor, start: int) -> dict[str, Tensor]:
+        """Give what a prompt has left: keys and values from `start` on, the first frame's hidden vector and logits."""
+        cache, slow, length = self.decoder.cache, self.model.slow, tokens.shape[1]
+        keys, values = (part[:, :, start:] for part in cache.copy(slot, length - 1))
+        x = read_prompt(slow, cache, slot, tokens, held=length - 1)
+        assert x is not None
+        hidden = slow.norm(x[:, -1])
+        return {"keys": keys, "values": values, "hidden": hidden, "logits": slow.constrained_logits(hidden)}
+
+
+@torch.inference_mode()
+def case(readings: Readings, count: int, start: int, repeats: int) -> dict[str, Any]:
+    """Read one prompt in all ways."""
+    decoder, tokens = readings.decoder, random_prompt(readings.model.config, start + count + 1)
+    if start:
+        readings.read(0, tokens[:, : start + 1], 0, None)
+    eager_s = [readings.read(0, tokens, start, None) for _ in range(1 + repeats)][1:]
+    eager = readings.found(0, tokens, start)
+    row: dict[str, Any] = {"positions": count, "start": start, "eager_ms": 1e3 * statistics.median(eager_s)}
+    before = decoder.cache.copy(0, start + count)
+    row["graphs"] = {}
+    for most, reader in readings.readers.items():
+        first_s = readings.read(1, tokens, start, reader)
+        mine = readings.found(1, tokens, start)
+        seconds = [readings.read(2, tokens, start, reader) for _ in range(repeats)]
+        again = readings.found(2, tokens, start)
+        row["graphs"][str(most)] = {
+            "first_ms": 1e3 * first_s,
+            "ms": 1e3 * statistics.median(seconds),
+            "apart": {part: apart(mine[part], eager[part]) for part in PARTS},
+            "same_bits": all(torch.equal(mine[part], again[part]) for part in PARTS),
+            "held_untouched": all(
+                torch.equal(one[:, :, :start], other[:, :, :start])
+                for one, other in zip(decoder.cache.copy(2, start + count), before, strict=True)
+            ),
+            "others_untouched": all(
+                torch.equal(one, other) for one, other in zip(decoder.cache.copy(0, start + count), before, strict=True)
+            ),
+        }
+    if count > 1:  # in two pieces
+        half = start + count // 2
+        readings.read(2, tokens[:, : half + 1], start, None)
+        decoder.begin(2, tokens, 0, half)
+        two = readings.found(2, tokens, start)
+        row["rounding"] = {part: apart(two[part], eager[part]) for part in PARTS}
+    return row
+
+
+def faults(rows: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
+    """Give the limits, and list what breaks them or is not exact."""
+    limits = {
+        part: TIMES * max([LEAST, *(row["rounding"][part] for row in rows if "rounding" in row)]) for part in PARTS
+    }
+    found = []
+    for row in rows:
+        for most, graph in row["graphs"].items():
+            where = f"{row['positions']} positions from {row['start']} on, pieces of {most}"
+            found += [
+                f"{where}: {part} {graph['apart'][part]:.2e} apart, more than {limits[part]:.2e}"
+                for part in PARTS
+                if not graph["apart"][part] <= limits[part]  # nan too
+            ]
+            found += [f"{where}: {key} is false" for key, value in graph.items() if value is False]
+    return limits, found
+
+
+def main() -> int:
+    """Run all prompts."""
+    parser = argparse.ArgumentParser(description="Check and time prompts read by graphs on one GPU.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--linears", default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, beside what suits the model")
+    parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
+    parser.add_argument("--starts", default=STARTS, help="positions that are there before")
+    options = parser.parse_args()
+    lengths, starts, options.mosts = (
+        [int(number) for number in numbers.split(",")] for numbers in (options.lengths, options.starts, options.most)
+    )
+    readings = Readings(options, max(lengths) + max(starts) + 1)
+    cuda = readings.decoder.device.type == "cuda"
+    facts: dict[str, Any] = {"model": str(options.model), "largest_piece": largest_piece(readings.model.slow)}
+    facts["reserved_bytes"] = [torch.cuda.memory_reserved()] if cuda else []
+    rows: list[dict[str, Any]] = []
+    for start in starts:
+        for count in lengths:
+            rows.append(case(readings, count, start, options.repeats))
+            print(json.dumps(rows[-1]), flush=True)
+    if cuda:
+        facts["reserved_bytes"].append(torch.cuda.memory_reserved())
+    facts["num_graphs"] = {most: len(reader._graphs) for most, reader in readings.readers.items()}
+    facts["limits"], facts["faults"] = faults(rows)
+    options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    worst = {part: max(graph["apart"][part] for row in rows for graph in row["graphs"].values()) for part in PARTS}
+    print(json.dumps({"apart": worst, "limits": facts["limits"], "faults": facts["faults"]}))
+    return int(bool(facts["faults"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
