@@ -45,9 +45,24 @@ from s2quant.runtime.streaming import Chunk, decoded
 from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
-DecoderKind = Literal["plain", "fast"]
+DecoderKind = Literal["auto", "plain", "fast"]
 RELEASED_RESIDUAL_SIZE = 1024  # entries of a residual codebook of the released codec
-DECODERS = ("plain", "fast")
+DECODERS = ("auto", "plain", "fast")
+
+
+def decoder_for(decoder: DecoderKind, device: torch.device) -> Literal["plain", "fast"]:
+    """Choose how frames are made.
+
+    Args:
+        decoder: What is asked for.
+        device: Where the model is.
+
+    Returns:
+        "fast" or "plain"; for "auto" the one that is faster there.
+    """
+    if decoder != "auto":
+        return decoder
+    return "fast" if device.type == "cuda" else "plain"
 
 
 class Engine:
@@ -59,7 +74,8 @@ class Engine:
         codec: Its codec, or None when only codes are wanted.
         num_slots: Most utterances in progress at a time.
         decoder: "plain": one operation after the other, read at every frame; "fast": the frame as one replayed
-            graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
+            graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding. "auto": fast
+            on a CUDA device, else plain.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
@@ -74,7 +90,7 @@ class Engine:
         tokenizer: Tokenizer,
         codec: Codec | None = None,
         num_slots: int = 8,
-        decoder: DecoderKind = "plain",
+        decoder: DecoderKind = "auto",
         prefix_bytes: int = PREFIX_BYTES,
         residual_size: int = RELEASED_RESIDUAL_SIZE,
     ) -> None:
@@ -84,7 +100,7 @@ class Engine:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
-        self.num_slots, self.decoder = num_slots, decoder
+        self.num_slots, self.decoder = num_slots, decoder_for(decoder, self.device)
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
@@ -364,7 +380,7 @@ def load_engine(
     dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
     num_slots: int = 8,
-    decoder: DecoderKind = "plain",
+    decoder: DecoderKind = "auto",
     prefix_bytes: int = PREFIX_BYTES,
     voice_cache: Path | None = None,
     memory_limit_bytes: float | None = None,
