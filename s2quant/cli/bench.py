@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import DTYPES, LINEARS, add_memory_limit, add_quiet, numbers, progress
+from s2quant.cli.common import DTYPES, LINEARS, add_decoder, add_memory_limit, add_quiet, numbers, progress
 from s2quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
-    command.add_argument(
-        "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
-    )
+    add_decoder(command)
     command.add_argument(
         "--prompt-graphs", action="store_true", default=None,
         help="fast: prompts as graphs too, in padded pieces (not measured yet)",

@@ -11,7 +11,16 @@ from pathlib import Path
 from s2quant.errors import UserError
 
 DTYPES = ("bfloat16", "float32")  # see s2quant.runtime.load, which imports torch
+DECODERS = ("auto", "fast", "plain")  # see s2quant.runtime.engine
 LINEARS = ("auto", "reference", "dense", "int4", "int8", "triton")  # see s2quant.runtime.linears, which imports torch
+
+
+def add_decoder(command: argparse.ArgumentParser) -> None:
+    """Add `--decoder` to a command."""
+    command.add_argument(
+        "--decoder", choices=DECODERS, default="auto",
+        help="fast: the frame as one graph, plain: operation by operation; auto: fast on a GPU",
+    )  # fmt: skip
 
 
 def add_quiet(command: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import DTYPES, LINEARS, add_quiet, progress
+from s2quant.cli.common import DTYPES, LINEARS, add_decoder, add_quiet, progress
 from s2quant.errors import UserError
 
 
@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the models")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
+    add_decoder(command)
     command.add_argument("--slots", type=int, default=8, metavar="N", help="utterances in progress at a time")
     command.add_argument(
         "--baseline-run", type=Path, metavar="DIR",
@@ -72,6 +73,7 @@ def _eval(options: argparse.Namespace) -> int:
                 device=options.device,
                 dtype=options.dtype,
                 linears=options.linears,
+                decoder=options.decoder,
                 asr_model=_official_or_absolute(options.asr_model),
                 similarity_model=options.similarity_model,
                 num_slots=options.slots,

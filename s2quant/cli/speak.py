@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import DTYPES, LINEARS, add_memory_limit, add_quiet, add_voice_cache, voice_cache
+from s2quant.cli.common import DTYPES, LINEARS, add_decoder, add_memory_limit, add_quiet, add_voice_cache, voice_cache
 from s2quant.errors import UserError
 
 
@@ -22,9 +22,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the model")
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
-    command.add_argument(
-        "--decoder", choices=("plain", "fast"), default="plain", help="fast: the frame as one graph on a GPU"
-    )
+    add_decoder(command)
     voices = command.add_argument_group("voices, repeatable, in the order of the speakers")
     voices.add_argument("--voice", type=Path, action="append", default=[], metavar="WAV", help="a reference recording")
     voices.add_argument("--voice-text", action="append", default=[], metavar="TEXT", help="what is said in it")

@@ -12,6 +12,7 @@ from typing import Any
 
 from s2quant.errors import UserError, shorten_list
 from s2quant.records import Arm
+from s2quant.runtime.engine import DecoderKind
 from s2quant.runtime.linears import Backend
 from s2quant.suite import METRICS, Suite, Utterance, load_suite
 
@@ -37,6 +38,7 @@ class EvalOptions:
         device: cpu, cuda or cuda:N.
         dtype: Name of the models' dtype.
         linears: Backend of quantized linears.
+        decoder: How frames are made, see `Engine`.
         asr_model: Recognizer's file, instead of the suite's.
         similarity_model: Speaker model's file or folder, instead of the suite's.
         num_slots: Utterances in progress at a time.
@@ -57,6 +59,7 @@ class EvalOptions:
     device: str = "cpu"
     dtype: str = "bfloat16"
     linears: Backend = "auto"
+    decoder: DecoderKind = "auto"
     asr_model: str | None = None
     similarity_model: str | None = None
     num_slots: int = 8

@@ -39,11 +39,11 @@ from s2quant.evaluate.tokens import TokenDamage, TokenSequence
 from s2quant.evaluate.wer import score
 from s2quant.files import atomic_file, check_new, read_json, write_json
 from s2quant.records import Arm, folder_hashes, manifest, versions, write_records
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.engine import decoder_for, load_engine
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.memory import release_memory
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")
 SPEED_FRAMES = 64
 MAX_LISTENERS = 8  # processes of a recognizer that uses one core; about 100 MB each
@@ -84,7 +84,8 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     folders = _folders(options)
 
     def engine_of(name: str) -> Callable[[], Any]:
-        return lambda: load_engine(folders[name], options.device, options.dtype, options.linears, options.num_slots)
+        own = (options.device, options.dtype, options.linears, options.num_slots, options.decoder)
+        return lambda: load_engine(folders[name], *own)
 
     engines = {name: engine_of(name) for name in folders}
     generate(plan, engines, store, ranks, options.num_slots, progress)
@@ -135,6 +136,7 @@ def _begin(options: EvalOptions, plan: EvalPlan, progress: Progress) -> None:
         "device": device_name(parse_device(options.device)),
         "dtype": options.dtype,
         "linears": options.linears,
+        "decoder": decoder_for(options.decoder, parse_device(options.device)),
     }
     if path.is_file():
         _check_same(read_json(path), facts, options.out)
@@ -310,6 +312,7 @@ def _measure_speed(options: EvalOptions, plan: EvalPlan, store: Store, progress:
         device=options.device,
         dtype=options.dtype,
         linears=options.linears,
+        decoder=options.decoder,
         progress=lambda phase, done, total: progress(f"timing, {phase}", done, total),
     )
     with atomic_file(path, overwrite=True) as partial:

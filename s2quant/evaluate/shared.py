@@ -19,7 +19,7 @@ from s2quant.evaluate.plan import EvalPlan, Job
 from s2quant.evaluate.store import Clip, Store
 from s2quant.files import atomic_file, read_json
 
-_SAME = ("run_version", "suite", "device", "dtype", "linears")
+_SAME = ("run_version", "suite", "device", "dtype", "linears", "decoder")
 
 
 def check_shared(source: Path, facts: Mapping[str, Any]) -> None:

@@ -33,7 +33,6 @@ from s2quant.runtime.engine import DecoderKind, Engine, load_engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.memory import limit_memory
-from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
 
@@ -68,7 +67,7 @@ def measure_speed(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
-    decoder: DecoderKind = "plain",
+    decoder: DecoderKind = "auto",
     prompt_graphs: bool | None = None,
     voice: Voice | None = None,
     streams: Sequence[int] = (),
@@ -145,8 +144,8 @@ def measure_speed(
         "version": SPEED_VERSION,
         "device": device_name(target),
         "dtype": str(dtype).removeprefix("torch."),
-        "decoder": decoder,
-        "prompt_graphs": decoder == "fast" and (PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs),
+        "decoder": arms[0].engine.decoder,
+        "prompt_graphs": arms[0].engine.decoder == "fast" and arms[0].engine.prompt_graphs,
         "memory_limit_gb": memory_limit_gb,
         "low_memory": low_memory,
         "text": text,

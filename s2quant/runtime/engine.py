@@ -39,15 +39,31 @@ from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device, parse_dtype
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
+from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.runtime.streaming import Chunk, decoded
 from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
-DecoderKind = Literal["plain", "fast"]
+DecoderKind = Literal["auto", "plain", "fast"]
 RELEASED_RESIDUAL_SIZE = 1024  # entries of a residual codebook of the released codec
-DECODERS = ("plain", "fast")
+DECODERS = ("auto", "plain", "fast")
+
+
+def decoder_for(decoder: DecoderKind, device: torch.device) -> Literal["plain", "fast"]:
+    """Choose how frames are made.
+
+    Args:
+        decoder: What is asked for.
+        device: Where the model is.
+
+    Returns:
+        "fast" or "plain"; for "auto" the one that is faster there.
+    """
+    if decoder != "auto":
+        return decoder
+    return "fast" if device.type == "cuda" else "plain"
 
 
 class Engine:
@@ -59,7 +75,8 @@ class Engine:
         codec: Its codec, or None when only codes are wanted.
         num_slots: Most utterances in progress at a time.
         decoder: "plain": one operation after the other, read at every frame; "fast": the frame as one replayed
-            graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding.
+            graph, read a frame late (`s2quant.runtime.fast`). Both give the same speech up to rounding. "auto": fast
+            on a CUDA device, else plain.
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
@@ -76,20 +93,21 @@ class Engine:
         tokenizer: Tokenizer,
         codec: Codec | None = None,
         num_slots: int = 8,
-        decoder: DecoderKind = "plain",
+        decoder: DecoderKind = "auto",
         prefix_bytes: int = PREFIX_BYTES,
         residual_size: int = RELEASED_RESIDUAL_SIZE,
         prompt_graphs: bool | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
-        if prompt_graphs and decoder == "plain":
-            raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
         if num_slots < 1:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
-        self.num_slots, self.decoder, self.prompt_graphs = num_slots, decoder, prompt_graphs
+        self.num_slots, self.decoder = num_slots, decoder_for(decoder, self.device)
+        if prompt_graphs and self.decoder == "plain":
+            raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
+        self.prompt_graphs = PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs  # of the fast decoder
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
@@ -369,7 +387,7 @@ def load_engine(
     dtype: torch.dtype | str = torch.bfloat16,
     linears: Backend = "auto",
     num_slots: int = 8,
-    decoder: DecoderKind = "plain",
+    decoder: DecoderKind = "auto",
     prefix_bytes: int = PREFIX_BYTES,
     voice_cache: Path | None = None,
     memory_limit_bytes: float | None = None,

@@ -104,8 +104,7 @@ class FastDecoder:
         residual_size: Entries of a residual codebook that exist in the codec; logits above are never drawn.
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
         fused: Whether frames are made by our own kernels (`s2quant.runtime.fused`); None: where they can.
-        prompt_graphs: Whether prompts are read in padded pieces, captured where frames are; None: PROMPT_GRAPHS of
-            `s2quant.runtime.prompt_graphs`.
+        prompt_graphs: Whether prompts are read in padded pieces (`s2quant.runtime.prompt_graphs`), captured as frames.
 
     Raises:
         UserError: Kernels are wanted and cannot run this model.
@@ -119,7 +118,7 @@ class FastDecoder:
         residual_size: int,
         graphs: bool | None = None,
         fused: bool | None = None,
-        prompt_graphs: bool | None = None,
+        prompt_graphs: bool = PROMPT_GRAPHS,
     ) -> None:
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
@@ -143,7 +142,7 @@ class FastDecoder:
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
         self.reader: PromptReader | None = None
-        if PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs:
+        if prompt_graphs:
             wanted = self.graphs_wanted
             self.reader = PromptReader(model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool)
         self._num_reads = 0

@@ -59,7 +59,8 @@ def limit_memory(device: torch.device, num_bytes: float) -> None:
             "raise the limit",
         )
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (num_bytes - CONTEXT_BYTES) / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # torch takes no "cuda" here
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (num_bytes - CONTEXT_BYTES) / total), index)
 
 
 def guarded(work: Callable[[], T], doing: str, todo: str, release: Callable[[], None] = release_memory) -> T:

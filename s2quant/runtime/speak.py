@@ -61,7 +61,7 @@ class SpeakOptions:
     device: str = "cpu"
     dtype: str = "bfloat16"
     linears: Backend = "auto"
-    decoder: DecoderKind = "plain"
+    decoder: DecoderKind = "auto"
     voices: tuple[tuple[Path, str], ...] = ()
     seed: int = 0
     temperature: float = 0.8

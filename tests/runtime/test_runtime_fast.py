@@ -153,3 +153,11 @@ def test_teacher_forced_hidden_vectors_are_the_plain_ones(small_models):
 def test_an_unknown_decoder_is_refused(small_models):
     with pytest.raises(UserError, match="decoder 'faster'"):
         Engine(small_models["shared"], None, decoder="faster")
+
+
+def test_a_gpu_gets_the_fast_decoder_unless_told():
+    from s2quant.runtime.engine import decoder_for
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
+    assert [decoder_for("auto", cpu), decoder_for("auto", gpu)] == ["plain", "fast"]
+    assert [decoder_for("fast", cpu), decoder_for("plain", gpu)] == ["fast", "plain"]

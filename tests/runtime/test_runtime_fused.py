@@ -10,8 +10,10 @@ from model_cases import _config, _sizes
 
 from s2quant.checkpoint.config import S2Config
 from s2quant.model import DualAR
+from s2quant.runtime.cache import KVCache
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
+from s2quant.runtime.prefix import read_prompt
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -94,6 +96,30 @@ def test_a_dense_model_does_not_start_early(checkpoint, early):
     assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, True, True)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
+def test_prompts_in_padded_pieces_are_the_whole_prompt_s(checkpoint):
+    """The piece that a graph would replay, of 16, 32 and 64 rows, with the same numbers behind every real position."""
+    from s2quant.runtime.fused import FusedFrame
+    from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, largest_piece
+    from s2quant.runtime.triton_linear import MOST_ROWS, PairedFeedForward
+    from tools.speed import frames
+
+    model = models(CHECKPOINTS[checkpoint])[1]
+    assert largest_piece(model.slow) == (MOST_PIECE if checkpoint == "bf16" else MOST_ROWS)
+    FusedFrame(model, 1, RESIDUAL, 128)  # as in a fast decoder: w1 and w3 are one pair
+    assert isinstance(model.slow.layers[0].feed_forward, PairedFeedForward) == (checkpoint != "bf16")
+    prompt, device = frames.forced_tokens(model.config, 30, 60), torch.device(DEVICE)
+    for length, start in ((9, 0), (30, 4), (89, 32)):
+        plain, ours = (KVCache(model.config.slow, 2, 128, device, torch.bfloat16) for _ in range(2))
+        read_prompt(model.slow, plain, 1, prompt[:, :length])
+        ours.write(1, *plain.copy(1, start))
+        PromptReader(model.slow, ours, lambda count: 128, captured=False, most=64).read(1, prompt[:, :length], start)
+        for mine, its in zip(ours.copy(1, length), plain.copy(1, length), strict=True):
+            assert torch.isfinite(mine).all() and float((mine - its).norm() / its.norm()) < 0.01
+
+
 if not INSIDE:
+    test_prompts_in_padded_pieces_are_the_whole_prompt_s = NEEDED(test_prompts_in_padded_pieces_are_the_whole_prompt_s)
     test_a_dense_model_does_not_start_early = NEEDED(test_a_dense_model_does_not_start_early)
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

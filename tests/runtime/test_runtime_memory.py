@@ -130,7 +130,9 @@ def test_a_limit_is_a_share_of_the_device(monkeypatch):
     device = torch.device("cuda:1")
     for gigabytes in (8, 200):
         memory.limit_memory(device, gigabytes * 1e9)
-    assert seen == [(pytest.approx(7.4 / 80), device), (1.0, device)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    memory.limit_memory(torch.device("cuda"), 200e9)  # torch wants a number here
+    assert seen == [(pytest.approx(7.4 / 80), 1), (1.0, 1), (1.0, 3)]
     for nothing in (0.5, 0, -1, float("nan")):
         with pytest.raises(UserError, match=r"more than the 0\.6 GB that CUDA itself takes"):
             memory.limit_memory(device, nothing * 1e9)

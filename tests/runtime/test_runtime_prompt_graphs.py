@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from s2quant.checkpoint.config import S2Config
 from s2quant.errors import UserError
 from s2quant.model import DualAR
+from s2quant.runtime import engine as engine_module
 from s2quant.runtime import fast as fast_module
 from s2quant.runtime import prompt_graphs as module
 from s2quant.runtime.cache import KVCache
@@ -42,7 +43,7 @@ def in_pieces(monkeypatch):
     """Make fast decoders read in pieces, of 32 positions at most; give the pieces read: (size, context, start)."""
     seen, run = [], PromptReader._run
     monkeypatch.setattr(module, "MOST_PIECE", 32)
-    monkeypatch.setattr(fast_module, "PROMPT_GRAPHS", True)
+    monkeypatch.setattr(engine_module, "PROMPT_GRAPHS", True)
     monkeypatch.setattr(
         PromptReader, "_run", lambda self, *key: (seen.append((*key, int(self._start))), run(self, *key))[1]
     )
@@ -192,9 +193,9 @@ def test_a_cache_that_grows_and_contexts_of_many_sizes(prompt_engine, in_pieces,
     assert {start for *_, start in in_pieces} >= {0, 32, 64, 96}
 
 
-def test_graphs_are_given_up_when_the_cache_grows(small_models, in_pieces, monkeypatch):
+def test_graphs_are_given_up_when_the_cache_grows(small_models, monkeypatch):
     monkeypatch.setattr(fast_module, "FIRST_CONTEXT", 16)
-    decoder = FastDecoder(small_models["shared"], 1, 64, 256)
+    decoder = FastDecoder(small_models["shared"], 1, 64, 256, prompt_graphs=True)
     reader = decoder.reader
     decoder.seat(0, torch.Generator().manual_seed(0), Sampling(), ignore_end=True)
     decoder.begin(0, cases.prompt("shared", 40), 0)

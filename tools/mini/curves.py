@@ -27,7 +27,7 @@ PANELS = {
     "Dual-AR: phonemes held out, nats": ("dual", "checked", "held_out_phone"),
     "recognizer: WER held out, raw speech": ("recognizer", "checked", "wer"),
 }
-COLORS = ("#0b5cad", "#d2691e", "#2e8b57", "#6a5acd")
+COLORS = ("#0b5cad", "#d2691e", "#2e8b57", "#6a5acd", "#b22222", "#708090")
 WIDTH, HEIGHT, COLUMNS, GAP = 300, 150, 3, 46
 Rows = list[dict[str, Any]]
 
