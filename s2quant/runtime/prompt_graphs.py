@@ -28,8 +28,9 @@ from s2quant.runtime.cache import KVCache
 from s2quant.runtime.triton_linear import MOST_ROWS, TritonLinear
 
 # Nothing is read by graphs unless it is asked for, because no GPU has run them. To be measured first, by the part
-# "prompts" of tools/stream_check.py: keys, values and logits as near to the eager ones as those are to one another;
-# the time to first audio in its three states; the memory that the pool takes, for W4A16 with 4096 positions.
+# "prompts" of tools/stream_check.py: that keys, values and logits are as near to the eager ones as those are to one
+# another; the time to first audio in its three states, and that of a new process, which has to capture; the memory that
+# the pool takes, for W4A16 with 4096 positions; whether pieces of 64 or of 512 suit quantized linears.
 PROMPT_GRAPHS = False
 LEAST_PIECE = 16
 MOST_PIECE = 512
