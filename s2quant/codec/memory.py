@@ -10,7 +10,6 @@ be captured as a CUDA graph after one warm-up call). Memory is for inference: gr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +48,7 @@ class Memory:
         assert not torch.is_grad_enabled(), "a memory is written in place: use torch.no_grad()"
         assert like.shape[0] == self.batch_size, (like.shape, self.batch_size)
         if (owner, name) not in self._buffers:
+            assert self._whole is None, "a layer that had not been run when the memory was gathered"
             size = (self.batch_size, *shape)
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
                 self._buffers[owner, name] = torch.zeros(size, dtype=dtype or like.dtype, device=like.device)
@@ -84,12 +84,10 @@ class Memory:
 
         To be called when every layer has been run. The buffers get new addresses.
         """
-        ends = list(
-            itertools.accumulate(-(-buffer.nbytes // ALIGNMENT) * ALIGNMENT for buffer in self._buffers.values())
-        )
         with torch.inference_mode(False), torch.no_grad():
             device = next(iter(self._buffers.values())).device
-            whole = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
+            size = sum(_room(buffer) for buffer in self._buffers.values())
+            whole = torch.zeros(size, dtype=torch.uint8, device=device)
             gathered = self._parts_of(whole)
             for key, buffer in self._buffers.items():
                 gathered[key].copy_(buffer)
@@ -100,7 +98,7 @@ class Memory:
         parts, start = {}, 0
         for key, like in self._buffers.items():
             parts[key] = whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
-            start += -(-like.nbytes // ALIGNMENT) * ALIGNMENT
+            start += _room(like)
         return parts
 
     def clone(self) -> Memory:
@@ -148,3 +146,8 @@ class Memory:
     def num_bytes(self) -> int:
         """Bytes held."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+def _room(buffer: Tensor) -> int:
+    """Count the bytes that a buffer takes in a gathered memory."""
+    return -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT

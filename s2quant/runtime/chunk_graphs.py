@@ -101,7 +101,7 @@ class ChunkGraphs:
             return program
         self.decode(program)  # libraries choose their kernels and take their work space
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(device)):  # torch's own may be elsewhere
             self.decode(program)
         return _Program(fresh=fresh, codes=codes, audio=audio, graph=graph)
 
