@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
     )
     command.add_argument(
-        "--codec-graphs", action="store_true", default=None, help="streams' first chunks of sound by a graph, on a GPU"
+        "--codec-graphs", action=argparse.BooleanOptionalAction, help="streams' first sound by a graph, on a GPU"
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
     command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")

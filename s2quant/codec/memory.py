@@ -95,9 +95,13 @@ class Memory:
 
     def _parts_of(self, whole: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
         """Lay buffers such as these into a tensor, one behind the other."""
+        typed: dict[torch.dtype, Tensor] = {}
         parts, start = {}, 0
         for key, like in self._buffers.items():
-            parts[key] = whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            if like.dtype not in typed:
+                typed[like.dtype] = whole.view(like.dtype)
+            offset = start // like.element_size()
+            parts[key] = typed[like.dtype].as_strided(like.shape, like.stride(), offset)  # one call of torch each
             start += _room(like)
         return parts
 
