@@ -74,6 +74,7 @@ class Check:
         """Run `s2quant bench`, its files under DIR/name."""
         options, arms = self.options, [part for model in models for part in ("--model", str(model))]
         decoder = ["--device", options.device, "--linears", options.linears, "--decoder", "fast", "--quiet"]
+        decoder += ["--codec-graphs"] if options.codec_graphs else []
         out = ["--out", str(options.out / name)]
         return self.run(name, ["-m", "s2quant.cli", "bench", *arms, *decoder, *out, *words])
 
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path)
     parser.add_argument("--against-mode", default="both")
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--codec-graphs", action="store_true", help="give it to s2quant bench")
     parser.add_argument("--seconds", type=float, default=560)
     check = Check(parser.parse_args())
     for folder in (check.options.out, check.options.work):

@@ -72,6 +72,7 @@ def measure_speed(
     streams: Sequence[int] = (),
     memory_limit_gb: float | None = None,
     low_memory: bool = False,
+    codec_graphs: bool | None = None,
     against: Upstream | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
@@ -91,12 +92,13 @@ def measure_speed(
         streams: Streams at a time whose continuity is measured, see `s2quant.evaluate.continuity`.
         memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
         low_memory: Whether the codecs' encoders rest on the host.
+        codec_graphs: Whether streams have chunks decoded by graphs, see `Engine`.
         against: A fish-speech checkout that is timed beside us, on the first checkpoint; None: none.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, memory_limit_gb, low_memory, text, num_frames, repeats, warmup_s (of all
-        arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends, decoding: see
+        version, device, dtype, decoder, memory_limit_gb, low_memory, codec_graphs, text, num_frames, repeats,
+        warmup_s (of all arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends, decoding: see
         `describe_decoding`), and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame, rtf, ar_rtf,
         first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill,
         ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples (every
@@ -114,7 +116,8 @@ def measure_speed(
     if memory_limit_gb is not None:
         limit_memory(target, memory_limit_gb * 1e9)
     slots = max(*batch_sizes, *streams, 1)
-    arms = [_load(name, folder, target, dtype, linears, slots, decoder, low_memory) for name, folder in folders.items()]
+    how = (target, dtype, linears, slots, decoder, low_memory, codec_graphs)
+    arms = [_load(name, folder, *how) for name, folder in folders.items()]
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
     for arm in arms:
         _check_room(arm.engine, requests[0])
@@ -138,6 +141,7 @@ def measure_speed(
         "decoder": arms[0].engine.decoder,
         "memory_limit_gb": memory_limit_gb,
         "low_memory": low_memory,
+        "codec_graphs": arms[0].engine.codec_graphs,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,
@@ -227,10 +231,13 @@ def _load(
     num_slots: int,
     decoder: DecoderKind,
     low_memory: bool,
+    codec_graphs: bool | None,
 ) -> _Arm:
     before = _allocated(device)
     started = time.perf_counter()
-    engine = load_engine(folder, device, dtype, linears, num_slots, decoder, encoder_on_host=low_memory)
+    engine = load_engine(
+        folder, device, dtype, linears, num_slots, decoder, encoder_on_host=low_memory, codec_graphs=codec_graphs
+    )
     wait_for(device)
     load_s = time.perf_counter() - started
     after = _allocated(device)

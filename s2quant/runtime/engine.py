@@ -33,6 +33,7 @@ from s2quant.prompt import (
 )
 from s2quant.runtime import memory
 from s2quant.runtime.audio import read_reference
+from s2quant.runtime.chunk_graphs import CODEC_GRAPHS, ChunkGraphs
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
@@ -79,9 +80,11 @@ class Engine:
         prefix_bytes: Most bytes of keys and values kept of what prompts begin with; 0 keeps none. The speech of a
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
+        codec_graphs: Whether streams have chunks decoded by graphs (`s2quant.runtime.chunk_graphs`); None: as measured
+            to be better (CODEC_GRAPHS), on a CUDA device.
 
     Raises:
-        UserError: num_slots is not positive, or the decoder is unknown.
+        UserError: num_slots is not positive, the decoder is unknown, or graphs are wanted on a CPU.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Engine:
         decoder: DecoderKind = "auto",
         prefix_bytes: int = PREFIX_BYTES,
         residual_size: int = RELEASED_RESIDUAL_SIZE,
+        codec_graphs: bool | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -100,7 +104,11 @@ class Engine:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
+        if codec_graphs and self.device.type != "cuda":
+            raise UserError(f"graphs of a codec on {self.device}", "a CUDA device", "leave codec graphs out")
         self.num_slots, self.decoder = num_slots, decoder_for(decoder, self.device)
+        self.codec_graphs = CODEC_GRAPHS and self.device.type == "cuda" if codec_graphs is None else codec_graphs
+        self._chunk_graphs: ChunkGraphs | None = None  # captured when the first stream begins
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
@@ -339,7 +347,11 @@ class Engine:
         Raises:
             UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
         """
-        chunks = decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
+        codec, events, alone = self._need_codec(), self.events(requests), len(requests) == 1
+        if self.codec_graphs and self._chunk_graphs is None:
+            doing = "capturing the codec's graphs"
+            self._chunk_graphs = memory.guarded(lambda: ChunkGraphs(codec), doing, memory.SPEAKING_TODO, self.release)
+        chunks = decoded(codec, events, alone, self._chunk_graphs)
         return memory.guarded_iterator(chunks, "decoding sound", memory.SPEAKING_TODO, self.release)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -363,8 +375,8 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""
-        self._idle = None
+        """Give back what the engine holds beside model and codec: the resting decoder's cache, graphs, prefixes."""
+        self._idle = self._chunk_graphs = None
         self.prefixes.clear()
         memory.release_memory()
 
@@ -385,6 +397,7 @@ def load_engine(
     voice_cache: Path | None = None,
     memory_limit_bytes: float | None = None,
     encoder_on_host: bool = False,
+    codec_graphs: bool | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -401,6 +414,7 @@ def load_engine(
             needs; None sets no limit.
         encoder_on_host: Whether what only encoding a recording needs of the codec, half of it, is on the device only
             while it encodes.
+        codec_graphs: See `Engine`.
 
     Returns:
         The engine.
@@ -420,6 +434,6 @@ def load_engine(
         codec.rest_encoder("cpu")
         memory.release_memory()
     model = memory.guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, memory.LOADING_TODO)
-    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes)
+    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes, codec_graphs=codec_graphs)
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine
