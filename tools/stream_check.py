@@ -6,9 +6,9 @@ Makes a bf16 checkpoint of random weights of the real size under --work (11 GB) 
 (6 GB; rounded to nearest, with a random act order that w1 and w3 share: the time does not depend on the numbers). All
 else is done by `s2quant` commands in processes of their own, so that a part that fails or is out of memory loses
 nothing else. The part "prompts", only where it is asked for, reads prompts by graphs: checks them, and times first
-sounds with and without; `--prompt-graphs` lets the part "bench" read so too. Writes DIR/stream.json after every part,
-and what each command printed beside it. Folders that are there are used again. `--size tiny --device cpu` tries the
-script itself.
+sounds with and without; `--prompt-graphs` lets the other parts' benches read so too. Writes DIR/stream.json after every
+part, and what each command printed beside it. Folders that are there are used again. `--size tiny --device cpu` tries
+the script itself.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Check:
         """Run `s2quant bench`, its files under DIR/name."""
         options, arms = self.options, [part for model in models for part in ("--model", str(model))]
         decoder = ["--device", options.device, "--linears", options.linears, "--decoder", "fast", "--quiet"]
+        decoder += ["--codec-graphs"] if options.codec_graphs else []
+        decoder += ["--prompt-graphs"] if options.prompt_graphs else []
         out = ["--out", str(options.out / name)]
         return self.run(name, ["-m", "s2quant.cli", "bench", *arms, *decoder, *out, *words])
 
@@ -148,9 +150,7 @@ def load(check: Check) -> dict[str, Any]:
 def bench(check: Check) -> dict[str, Any]:
     """Time frames, first sounds and streams of both checkpoints."""
     numbers = "1,8,32" if check.options.size == "s2-pro" else "1,3"
-    words = ["--batch", numbers, "--streams", numbers, "--repeats", "2"]
-    words += ["--prompt-graphs"] if check.options.prompt_graphs else []
-    return check.bench("bench", [check.bf16, check.w4], *words)
+    return check.bench("bench", [check.bf16, check.w4], "--batch", numbers, "--streams", numbers, "--repeats", "2")
 
 
 def prompts(check: Check) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def prompts(check: Check) -> dict[str, Any]:
         words = ["tools/prompt_check.py", str(folder), "--out", str((options.out / f"{name}.json").resolve())]
         found[name] = check.run(name, [*words, "--device", options.device, "--linears", options.linears, *sizes])
     rounds = ("--batch", "1", "--frames", "60", "--repeats", "5" if options.size == "s2-pro" else "1")
-    for name, more in (("first-eager", []), ("first-graphs", ["--prompt-graphs"])):
-        found[name] = check.bench(name, [check.bf16, check.w4], *rounds, *more)
+    for name, switch in (("first-eager", "--no-prompt-graphs"), ("first-graphs", "--prompt-graphs")):
+        found[name] = check.bench(name, [check.bf16, check.w4], *rounds, switch)
     return found
 
 
@@ -199,8 +199,9 @@ def main() -> int:
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--against-mode", default="both")
-    parser.add_argument("--prompt-graphs", action="store_true", help="the part bench reads prompts by graphs")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)},prompts")
+    parser.add_argument("--codec-graphs", action="store_true", help="give it to s2quant bench")
+    parser.add_argument("--prompt-graphs", action="store_true", help="give it to s2quant bench")
     parser.add_argument("--seconds", type=float, default=560)
     check = Check(parser.parse_args())
     for folder in (check.options.out, check.options.work):

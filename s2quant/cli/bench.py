@@ -33,11 +33,15 @@ def add(commands: Any) -> None:
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     add_decoder(command)
     command.add_argument(
-        "--prompt-graphs", action="store_true", default=None,
-        help="fast: prompts as graphs too, in padded pieces (not measured yet)",
-    )  # fmt: skip
+        "--prompt-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="fast: prompts in padded pieces, on a GPU by graphs",
+    )
     command.add_argument(
         "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
+    )
+    command.add_argument(
+        "--codec-graphs", action=argparse.BooleanOptionalAction, help="streams' first sound by a graph, on a GPU"
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
     command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")
@@ -76,6 +80,7 @@ def _bench(options: argparse.Namespace) -> int:
             batch_sizes=numbers("--batch", options.batch),
             memory_limit_gb=options.memory_limit,
             low_memory=options.low_memory,
+            codec_graphs=options.codec_graphs,
             against=_upstream(options),
             streams=numbers("--streams", options.streams) if options.streams else (),
             voice="noise" if options.voice is None else (options.voice, options.voice_text),

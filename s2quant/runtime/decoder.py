@@ -16,7 +16,7 @@ from torch import Tensor
 from s2quant.model import DualAR, FastAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.prefix import PrefixCache, read_prompt
-from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw, draw_semantic, frame_uniforms
+from s2quant.runtime.sampler import RAS_WINDOW, Noise, SamplingRows, draw, draw_semantic, frame_uniforms
 
 
 class Decoder:
@@ -93,15 +93,13 @@ class Decoder:
         x = slow.blocks(slow.embed(columns[..., None]), table[:, None], self.cache.step_attends(positions))
         return slow.norm(x[:, 0])
 
-    def sample(
-        self, hidden: Tensor, rows: SamplingRows, generators: Sequence[torch.Generator], slots: slice, first: bool
-    ) -> Tensor:
+    def sample(self, hidden: Tensor, rows: SamplingRows, noises: Sequence[Noise], slots: slice, first: bool) -> Tensor:
         """Draw one frame for each active slot.
 
         Args:
             hidden: [B, D], normed.
             rows: Sampling parameters of these slots.
-            generators: Random state of these slots.
+            noises: Random numbers of these slots.
             slots: Which slots they are.
             first: Whether this is the first frame after a prompt: no RAS, and not put in the window.
 
@@ -109,7 +107,7 @@ class Decoder:
             int64 [B, 1+N]: token id and codes; at im_end the codes mean nothing.
         """
         num_residual = self.config.num_codebooks - 1
-        uniform, uniform_fast = frame_uniforms(generators, self.num_semantic, num_residual, self.residual_size)
+        uniform, uniform_fast = frame_uniforms(noises, self.num_semantic, num_residual, self.residual_size)
         logits = self.model.slow.constrained_logits(hidden)
         window = None if first else self.windows[slots]
         semantic = draw_semantic(logits, rows, uniform, window, self.num_semantic)

@@ -33,6 +33,7 @@ from s2quant.prompt import (
 )
 from s2quant.runtime import memory
 from s2quant.runtime.audio import read_reference
+from s2quant.runtime.chunk_graphs import CODEC_GRAPHS, ChunkGraphs
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
@@ -81,10 +82,13 @@ class Engine:
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
         prompt_graphs: Whether the fast decoder reads prompts in padded pieces, on a GPU as graphs
-            (`s2quant.runtime.prompt_graphs`); None: as measured to be best.
+            (`s2quant.runtime.prompt_graphs`); None: as measured to be better (PROMPT_GRAPHS).
+        codec_graphs: Whether streams have chunks decoded by graphs (`s2quant.runtime.chunk_graphs`); None: as measured
+            to be better (CODEC_GRAPHS), on a CUDA device.
 
     Raises:
-        UserError: num_slots is not positive, the decoder is unknown, or it is the plain one and shall read by graphs.
+        UserError: num_slots is not positive, the decoder is unknown, the plain one shall read by graphs, or a codec on
+            a CPU shall have them.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Engine:
         prefix_bytes: int = PREFIX_BYTES,
         residual_size: int = RELEASED_RESIDUAL_SIZE,
         prompt_graphs: bool | None = None,
+        codec_graphs: bool | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -104,10 +109,14 @@ class Engine:
             raise UserError(f"{num_slots} slots", "1 or more", "raise the number of utterances in progress")
         self.model, self.tokenizer, self.codec, self.config = model, tokenizer, codec, model.config
         self.device = model.slow.embeddings.weight.device
+        if codec_graphs and self.device.type != "cuda":
+            raise UserError(f"graphs of a codec on {self.device}", "a CUDA device", "leave codec graphs out")
         self.num_slots, self.decoder = num_slots, decoder_for(decoder, self.device)
         if prompt_graphs and self.decoder == "plain":
             raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
         self.prompt_graphs = PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs  # of the fast decoder
+        self.codec_graphs = CODEC_GRAPHS and self.device.type == "cuda" if codec_graphs is None else codec_graphs
+        self._chunk_graphs: ChunkGraphs | None = None  # captured when the first stream begins
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
         self._idle: FastDecoder | None = None  # its graphs outlive a run
@@ -346,7 +355,11 @@ class Engine:
         Raises:
             UserError: A request cannot be spoken, or the engine has no codec; raised before any is spoken.
         """
-        chunks = decoded(self._need_codec(), self.events(requests), alone=len(requests) == 1)
+        codec, events, alone = self._need_codec(), self.events(requests), len(requests) == 1
+        if self.codec_graphs and self._chunk_graphs is None:
+            doing = "capturing the codec's graphs"
+            self._chunk_graphs = memory.guarded(lambda: ChunkGraphs(codec), doing, memory.SPEAKING_TODO, self.release)
+        chunks = decoded(codec, events, alone, self._chunk_graphs)
         return memory.guarded_iterator(chunks, "decoding sound", memory.SPEAKING_TODO, self.release)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -370,8 +383,8 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Give back what the engine holds beside model and codec: the resting decoder's cache and graphs, prefixes."""
-        self._idle = None
+        """Give back what the engine holds beside model and codec: the resting decoder's cache, graphs, prefixes."""
+        self._idle = self._chunk_graphs = None
         self.prefixes.clear()
         memory.release_memory()
 
@@ -393,6 +406,7 @@ def load_engine(
     memory_limit_bytes: float | None = None,
     encoder_on_host: bool = False,
     prompt_graphs: bool | None = None,
+    codec_graphs: bool | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -409,7 +423,8 @@ def load_engine(
             needs; None sets no limit.
         encoder_on_host: Whether what only encoding a recording needs of the codec, half of it, is on the device only
             while it encodes.
-        prompt_graphs: See `Engine`; None: as measured to be best.
+        prompt_graphs: See `Engine`.
+        codec_graphs: See `Engine`.
 
     Returns:
         The engine.
@@ -429,6 +444,15 @@ def load_engine(
         codec.rest_encoder("cpu")
         memory.release_memory()
     model = memory.guarded(lambda: load_model(checkpoint, target, dtype, linears), doing, memory.LOADING_TODO)
-    engine = Engine(model, tokenizer, codec, num_slots, decoder, prefix_bytes, prompt_graphs=prompt_graphs)
+    engine = Engine(
+        model,
+        tokenizer,
+        codec,
+        num_slots,
+        decoder,
+        prefix_bytes,
+        prompt_graphs=prompt_graphs,
+        codec_graphs=codec_graphs,
+    )
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine

@@ -1,6 +1,6 @@
 """The frame as one function of device tensors, replayed as one CUDA graph; run as it is on a CPU.
 
-Legend: B slots of a bucket, T prompt positions, N codebooks, K frames of random numbers kept per slot.
+Legend: B slots of a bucket, T prompt positions, N codebooks, K frames of random numbers kept per slot, S of them each.
 
 Everything that differs from frame to frame lives in tensors of fixed addresses: columns, positions, windows, sampling
 parameters, the random numbers and which of them come next. So a frame needs nothing from the host but "once more",
@@ -8,7 +8,8 @@ and the host may ask for the next frame before it has read the last one (`s2quan
 per (batch bucket, context bucket, rank bucket); growing the cache drops them, because its address changes.
 
 A prompt is read up to its last position; that one is fed by the first frame. The random numbers are those of the
-plain decoder: every utterance's own generator, one call per frame, a few frames ahead and outside the graph.
+plain decoder, in the same blocks (`s2quant.runtime.sampler.Noise`): one launch per slot and block, outside the graph,
+ahead of its use, and in turns, so that no frame waits for the blocks of all slots.
 """
 
 from __future__ import annotations
@@ -26,11 +27,18 @@ from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import fused_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS, PromptReader
-from s2quant.runtime.sampler import RAS_WINDOW, SamplingRows, draw_semantic, frame_uniforms
+from s2quant.runtime.sampler import (
+    AHEAD,
+    RAS_WINDOW,
+    Noise,
+    SamplingRows,
+    draw_semantic,
+    noise_size,
+    split_noise,
+)
 from s2quant.sampling import Sampling
 
-AHEAD = 4  # frames of random numbers made at a time
-KEPT = 2 * AHEAD  # frames of random numbers kept: a frame asked for in vain can be asked for again
+KEPT = 2 * AHEAD  # frames of random numbers kept, two blocks: a frame asked for in vain can be asked for again
 FIRST_CONTEXT = 512
 FIRST_RANKS = 32
 NUM_READS = 4  # copies to the host that may be under way
@@ -50,8 +58,7 @@ class FrameState:
         top_p: float32 [B, 1].
         top_k: int64 [B, 1].
         ignore_end: bool [B].
-        uniform: float32 [B, K, 2, C], of the semantic draw.
-        uniform_fast: float32 [B, K, N - 1, R], of the residual draws.
+        noise: float32 [B, K, S], random numbers; see `split_noise`.
     """
 
     columns: Tensor
@@ -63,8 +70,7 @@ class FrameState:
     top_p: Tensor
     top_k: Tensor
     ignore_end: Tensor
-    uniform: Tensor
-    uniform_fast: Tensor
+    noise: Tensor
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot's row over another's, in place.
@@ -146,13 +152,14 @@ class FastDecoder:
             wanted = self.graphs_wanted
             self.reader = PromptReader(model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool)
         self._num_reads = 0
-        self._generators: list[torch.Generator | None] = [None] * num_slots
+        self._noises: list[Noise | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
         self.prefixes: PrefixCache | None = None  # what prompts begin with, where somebody keeps it
         self._drawn, self._made, self._top_k = [0] * num_slots, [0] * num_slots, [1] * num_slots
 
     def _state(self) -> FrameState:
-        slots, num_residual, device = self.num_slots, self.config.num_codebooks - 1, self.device
+        slots, device = self.num_slots, self.device
+        size = noise_size(self.num_semantic, self.config.num_codebooks - 1, self.residual_size)
         return FrameState(
             columns=torch.zeros(slots, 1 + self.config.num_codebooks, dtype=torch.int64, device=device),
             positions=torch.zeros(slots, dtype=torch.int64, device=device),
@@ -163,8 +170,7 @@ class FastDecoder:
             top_p=torch.ones(slots, 1, device=device),
             top_k=torch.ones(slots, 1, dtype=torch.int64, device=device),
             ignore_end=torch.zeros(slots, dtype=torch.bool, device=device),
-            uniform=torch.zeros(slots, KEPT, 2, self.num_semantic + 1, device=device),
-            uniform_fast=torch.zeros(slots, KEPT, num_residual, self.residual_size, device=device),
+            noise=torch.zeros(slots, KEPT, size, device=device),
         )
 
     def _host_ring(self) -> Tensor:
@@ -173,17 +179,17 @@ class FastDecoder:
 
     # ---- utterances --------------------------------------------------------------------------------------------
 
-    def seat(self, slot: int, generator: torch.Generator, sampling: Sampling, ignore_end: bool) -> None:
+    def seat(self, slot: int, noise: Noise, sampling: Sampling, ignore_end: bool) -> None:
         """Give a slot to an utterance.
 
         Args:
             slot: The slot.
-            generator: The utterance's random state, on the model's device.
+            noise: The utterance's random numbers, on the model's device; none of them taken.
             sampling: Its sampling parameters.
             ignore_end: Whether the end is never drawn.
         """
         state = self.state
-        self._generators[slot], self._top_k[slot] = generator, sampling.top_k
+        self._noises[slot], self._top_k[slot] = noise, sampling.top_k
         self._made[slot] = 0
         state.temperature[slot], state.top_p[slot], state.top_k[slot] = (
             sampling.temperature,
@@ -221,7 +227,7 @@ class FastDecoder:
         """
         self.cache.move(source, target, min(self.positions[source], self.cache.capacity))
         self.state.move(source, target)
-        self._generators[target] = self._generators[source]
+        self._noises[target] = self._noises[source]
         for values in (self.positions, self._drawn, self._made, self._top_k):
             values[target] = values[source]
 
@@ -252,7 +258,7 @@ class FastDecoder:
             The columns to come; to be read before NUM_READS more frames are asked for.
         """
         for slot in range(count):
-            self._make_uniforms(slot)
+            self._make_noise(slot)
         live = min(max(self.positions[:count]) + 1, self.cache.capacity)
         ranks = self._rank_bucket(count) if self._fused is None else 0  # the fused frame has one graph for any top_k
         key = (_bucket(count, 1, self.num_slots), self._context_bucket(live), ranks)
@@ -324,9 +330,8 @@ class FastDecoder:
         )
         slots, turn = torch.arange(batch, device=self.device), draws % KEPT
         window = windows.masked_fill(first[:, None], -1)  # nothing is a repetition at first
-        semantic = draw_semantic(
-            slow.constrained_logits(hidden), rows, state.uniform[slots, turn], window, self.num_semantic
-        )
+        uniform, uniform_fast = split_noise(state.noise[slots, turn], self.num_semantic, self.residual_size)
+        semantic = draw_semantic(slow.constrained_logits(hidden), rows, uniform, window, self.num_semantic)
         shifted = torch.cat([windows[:, 1:], semantic[:, None]], dim=1)
         windows.copy_(torch.where(first[:, None], windows, shifted))
         ended = semantic == self.num_semantic
@@ -336,7 +341,7 @@ class FastDecoder:
             hidden,
             semantic.masked_fill(ended, 0),
             rows,
-            state.uniform_fast[slots, turn],
+            uniform_fast,
             self.residual_size,
         )
         token = torch.where(ended, config.im_end_id, semantic + config.semantic_begin_id)
@@ -345,17 +350,17 @@ class FastDecoder:
         draws.add_(1)
         first.fill_(False)
 
-    def _make_uniforms(self, slot: int) -> None:
-        """Make a slot's random numbers of the next frames, if those of the coming one are not there."""
-        generator = self._generators[slot]
-        if generator is None or self._drawn[slot] < self._made[slot]:
+    def _make_noise(self, slot: int) -> None:
+        """Make a slot's next block of random numbers: at once if the coming frame has none, else when it is its turn.
+
+        A block is made when fewer than AHEAD frames are left, over frames that nobody can ask for again.
+        """
+        noise, left = self._noises[slot], self._made[slot] - self._drawn[slot]
+        its_turn = (self._num_reads + slot) % AHEAD == 0
+        if noise is None or (left > 0 and not (left < AHEAD and its_turn)):
             return
-        for frame in range(self._made[slot], self._made[slot] + AHEAD):
-            slow, fast = frame_uniforms(
-                [generator], self.num_semantic, self.config.num_codebooks - 1, self.residual_size
-            )
-            self.state.uniform[slot, frame % KEPT] = slow[0]
-            self.state.uniform_fast[slot, frame % KEPT] = fast[0]
+        start = self._made[slot] % KEPT
+        noise.fill(self.state.noise[slot, start : start + AHEAD])
         self._made[slot] += AHEAD
 
     def _context_bucket(self, live: int) -> int:

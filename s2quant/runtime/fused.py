@@ -293,7 +293,7 @@ class FusedFrame:
         place = self._place(first.qkv, 2 * batch)
         steps.semantic_kernel[(batch, 2)](
             self.logits,
-            state.uniform,
+            state.noise,
             state.temperature,
             state.top_p,
             state.top_k,
@@ -317,7 +317,8 @@ class FusedFrame:
             config.semantic_begin_id,
             config.im_end_id,
             C=self.num_semantic + 1,
-            KEPT=state.uniform.shape[1],
+            KEPT=state.noise.shape[1],
+            NOISE=state.noise.shape[2],
             COLUMN=1 + config.num_codebooks,
             **steps.draw_arguments(self.num_semantic, self.how),
             **steps.swap_arguments(),
@@ -334,7 +335,7 @@ class FusedFrame:
         place = self._place(first.qkv, batch)
         steps.residual_kernel[(batch,)](
             self.fast_logits,
-            state.uniform_fast,
+            state.noise,
             state.temperature,
             state.top_p,
             state.top_k,
@@ -350,7 +351,9 @@ class FusedFrame:
             self.begun,
             code,
             R=self.residual_size,
-            KEPT=state.uniform.shape[1],
+            KEPT=state.noise.shape[1],
+            NOISE=state.noise.shape[2],
+            BEFORE=2 * (self.num_semantic + 1),
             CODEBOOKS=config.num_codebooks,
             **steps.draw_arguments(self.residual_size, self.how),
             LAST=code == config.num_codebooks - 1,

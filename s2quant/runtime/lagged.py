@@ -93,7 +93,7 @@ class LaggedSlots:
         utterance = Utterance.start(index, request, self.batches[index], self.decoder.device)
         self.seats.append(_Seated(utterance=utterance))
         number = len(self.seats) - 1
-        self.decoder.seat(number, utterance.generator, request.sampling, request.ignore_end)
+        self.decoder.seat(number, utterance.noise, request.sampling, request.ignore_end)
         fits = self._begin(number)
         assert fits  # a first prompt that does not fit has raised
 

@@ -1,6 +1,6 @@
 """The one sampler: upstream's order of filters in float32, with repetition-aware sampling (RAS).
 
-Legend: B slots, V candidates.
+Legend: B slots, V candidates, S uniform numbers of a frame: two per semantic candidate, then one per residual one.
 
 Order, as the reference does it: softmax of the untempered logits, sorted; drop every rank whose cumulative
 probability exceeds top_p (the rank that crosses is dropped too) and every rank beyond top_k; rank 0 always
@@ -24,6 +24,7 @@ from s2quant.sampling import Sampling
 RAS_WINDOW = 10
 RAS_TEMPERATURE = 1.0
 RAS_TOP_P = 0.9
+AHEAD = 4  # frames of random numbers drawn at a time: another number is other speech on a CUDA device
 SMALLEST_UNIFORM = 2.0**-25  # a uniform of exactly 0 would lose its candidate for good
 
 
@@ -144,13 +145,85 @@ def draw_semantic(
     return torch.where(repeats, hot, normal)
 
 
-def frame_uniforms(
-    generators: Sequence[torch.Generator], num_semantic: int, num_residual: int, residual_size: int
-) -> tuple[Tensor, Tensor]:
-    """Draw the uniform numbers of one frame, from each utterance's own generator.
+class Noise:
+    """One utterance's random numbers, drawn in blocks of AHEAD frames, whoever decodes.
+
+    A block is one call of the generator. On a CPU its numbers are those of a call per frame; on a CUDA device they are
+    not, so both decoders draw blocks of the same shape.
 
     Args:
-        generators: One per slot, all on one device.
+        generator: The utterance's random state; used by nothing else.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self._rest: list[Tensor] = []
+
+    def fill(self, block: Tensor) -> None:
+        """Draw the next AHEAD frames, in place.
+
+        Args:
+            block: float32 [AHEAD, S], contiguous, on the generator's device.
+        """
+        assert block.shape[0] == AHEAD and block.is_contiguous(), (block.shape, block.stride())
+        block.uniform_(generator=self.generator)
+
+    def frame(self, size: int) -> Tensor:
+        """Take the next frame, from the rest of a block where there is one.
+
+        Args:
+            size: S, the same at every call.
+
+        Returns:
+            float32 [S] in [0, 1), not to be written.
+        """
+        if not self._rest:
+            block = torch.empty(AHEAD, size, device=self.generator.device)
+            self.fill(block)
+            self._rest = list(block)
+        assert self._rest[0].shape == (size,), (self._rest[0].shape, size)
+        return self._rest.pop(0)
+
+
+def noise_size(num_semantic: int, num_residual: int, residual_size: int) -> int:
+    """Count the uniform numbers of one frame.
+
+    Args:
+        num_semantic: Number of semantic codes.
+        num_residual: Number of residual codebooks.
+        residual_size: Entries of a residual codebook.
+
+    Returns:
+        S.
+    """
+    return 2 * (num_semantic + 1) + num_residual * residual_size
+
+
+def split_noise(noise: Tensor, num_semantic: int, residual_size: int) -> tuple[Tensor, Tensor]:
+    """Tell the numbers of a frame's draws apart.
+
+    Args:
+        noise: float32 [..., S].
+        num_semantic: Number of semantic codes.
+        residual_size: Entries of a residual codebook.
+
+    Returns:
+        Views: float32 [..., 2, num_semantic + 1] and float32 [..., num_residual, residual_size].
+    """
+    slow = 2 * (num_semantic + 1)
+    return (
+        noise[..., :slow].unflatten(-1, (2, num_semantic + 1)),
+        noise[..., slow:].unflatten(-1, (-1, residual_size)),
+    )
+
+
+def frame_uniforms(
+    noises: Sequence[Noise], num_semantic: int, num_residual: int, residual_size: int
+) -> tuple[Tensor, Tensor]:
+    """Take the uniform numbers of one frame, from each utterance's own.
+
+    Args:
+        noises: One per slot, all on one device.
         num_semantic: Number of semantic codes.
         num_residual: Number of residual codebooks.
         residual_size: Entries of a residual codebook.
@@ -158,11 +231,5 @@ def frame_uniforms(
     Returns:
         float32 [B, 2, num_semantic + 1] and float32 [B, num_residual, residual_size].
     """
-    slow = 2 * (num_semantic + 1)
-    count = slow + num_residual * residual_size
-    rows = [torch.rand(count, generator=generator, device=generator.device) for generator in generators]
-    uniform = torch.stack(rows)
-    return (
-        uniform[:, :slow].view(len(rows), 2, num_semantic + 1),
-        uniform[:, slow:].view(len(rows), num_residual, residual_size),
-    )
+    size = noise_size(num_semantic, num_residual, residual_size)
+    return split_noise(torch.stack([noise.frame(size) for noise in noises]), num_semantic, residual_size)

@@ -20,7 +20,7 @@ from torch import Tensor
 from s2quant.errors import UserError
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.prefix import num_held
-from s2quant.runtime.sampler import SamplingRows
+from s2quant.runtime.sampler import Noise, SamplingRows
 from s2quant.runtime.speech import Request, Speech, StopReason
 
 Prompt = Callable[[Request, str, Sequence[tuple[str, Tensor]]], Tensor]
@@ -39,7 +39,7 @@ class Utterance:
         index: The request's place in the list.
         request: The request.
         batches: Its texts, to be spoken one after the other.
-        generator: Its random state.
+        noise: Its random numbers.
         started: When it took its slot.
         history: Batches that are spoken, with their codes int64 [N, F].
         frames: int64 [N] each, of the batch in progress.
@@ -53,7 +53,7 @@ class Utterance:
     index: int
     request: Request
     batches: Sequence[str]
-    generator: torch.Generator
+    noise: Noise
     started: float
     history: list[tuple[str, Tensor]] = field(default_factory=list)
     frames: list[Tensor] = field(default_factory=list)
@@ -76,8 +76,8 @@ class Utterance:
         Returns:
             The utterance, without a prompt.
         """
-        generator = torch.Generator(device).manual_seed(request.seed)
-        return cls(index=index, request=request, batches=batches, generator=generator, started=time.perf_counter())
+        noise = Noise(torch.Generator(device).manual_seed(request.seed))
+        return cls(index=index, request=request, batches=batches, noise=noise, started=time.perf_counter())
 
     def next_prompt(self, build: Prompt) -> Tensor | None:
         """Build the prompt of the next batch.
@@ -187,8 +187,8 @@ class Slots:
         if self._rows is None:
             self._rows = _rows([slot.request for slot in self.slots], self.decoder.device)
         hidden = self.decoder.step(self.columns[:count], [slot.position for slot in self.slots])
-        generators = [slot.generator for slot in self.slots]
-        self.columns[:count] = self.decoder.sample(hidden, self._rows, generators, slice(count), first=False)
+        noises = [slot.noise for slot in self.slots]
+        self.columns[:count] = self.decoder.sample(hidden, self._rows, noises, slice(count), first=False)
         return self.columns[:count].to("cpu", copy=True)  # the one wait for the device
 
     def _prefill(self, number: int) -> Tensor | None:
@@ -214,7 +214,7 @@ class Slots:
         hidden = decoder.prefill(number, prompt, slot.take_prompt(prompt), self.prefix_length(slot.request))
         rows = _rows([slot.request], decoder.device)
         where = slice(number, number + 1)
-        self.columns[where] = decoder.sample(hidden, rows, [slot.generator], where, first=True)
+        self.columns[where] = decoder.sample(hidden, rows, [slot.noise], where, first=True)
         return self.columns[number].to("cpu", copy=True)
 
     def _take(self, number: int, column: Tensor | None) -> Iterator[Event]:

@@ -11,7 +11,6 @@ there: the host, which launches the frames too, launches fewer operations. On a 
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 
 from s2quant.codec import Codec, CodecStream
+from s2quant.runtime.chunk_graphs import FIRST_CHUNK_FRAMES, MOST_REPLAYED, ChunkGraphs, side_stream
 from s2quant.runtime.slots import Event
 from s2quant.runtime.speech import Speech
 
-FIRST_CHUNK_FRAMES = 4
 LARGEST_CHUNK_FRAMES = 64
 GROUP_FRAMES = 512  # decoded at a time, of all utterances together: bounds the codec's memory
 
@@ -78,28 +77,23 @@ class _Due:
     speech: Speech | None
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Give the codec's stream, one per device: memory that a stream has freed is kept for that stream."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
 class ChunkDecoder:
     """The codec behind several utterances that are being spoken.
 
     Args:
         codec: The codec; shared, not changed.
         grouped: Whether chunks of the same length that are full at the same frame are decoded together, a frame later.
+        graphs: Of the codec, for the chunks that have one; None: no chunk has.
     """
 
-    def __init__(self, codec: Codec, grouped: bool = False) -> None:
-        self.codec, self.grouped = codec, grouped
+    def __init__(self, codec: Codec, grouped: bool = False, graphs: ChunkGraphs | None = None) -> None:
+        self.codec, self.grouped, self.graphs = codec, grouped, graphs
         self._lanes: dict[int, _Lane] = {}
         self._due: list[_Due] = []
         self._heard: set[int] = set()  # whose frames have come since the last group
         self._side: torch.cuda.Stream | None = None
         if codec.device.type == "cuda":
-            self._side = _side_stream(codec.device)
+            self._side = side_stream(codec.device)
             self._side.wait_stream(torch.cuda.current_stream(codec.device))  # the weights may still be on their way
 
     def take(self, event: Event) -> list[_Decoding]:
@@ -144,8 +138,35 @@ class ChunkDecoder:
             same = [one for one in due if one.codes.shape[1] == num_frames]
             size = max(1, GROUP_FRAMES // max(1, num_frames)) if self.grouped else 1
             for start in range(0, len(same), size):
-                begun += self._decode(same[start : start + size])
+                begun += self._shared_out(same[start : start + size])
         return begun
+
+    def _shared_out(self, group: list[_Due]) -> list[_Decoding]:
+        """Decode chunks of one length: those of a graph one by one, unless they are many, the others together."""
+        if self.graphs is None:
+            return self._decode(group)
+        has_graph = [self.graphs.takes(one.lane.stream, one.codes.shape[1]) for one in group]
+        if not 0 < sum(has_graph) <= MOST_REPLAYED:
+            return self._decode(group)
+        begun = [self._replay(one, self.graphs) for one, has in zip(group, has_graph, strict=True) if has]
+        others = [one for one, has in zip(group, has_graph, strict=True) if not has]
+        return begun + (self._decode(others) if others else [])
+
+    def _replay(self, one: _Due, graphs: ChunkGraphs) -> _Decoding:
+        """Decode a chunk by its graph."""
+        codes = one.codes[None]
+        if self._side is None:
+            return _Decoding(one.index, graphs.push(one.lane.stream, codes)[0, 0].cpu().clone(), one.speech, None)
+        with torch.cuda.stream(self._side):
+            return self._to_host(graphs.push(one.lane.stream, codes.pin_memory())[:, 0], [one])[0]
+
+    def _to_host(self, sound: Tensor, group: list[_Due]) -> list[_Decoding]:
+        """Send sound [B, s] to the host, on the codec's stream."""
+        host = torch.empty(sound.shape, dtype=sound.dtype, pin_memory=True)
+        host.copy_(sound, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._side)
+        return [_Decoding(one.index, row, one.speech, done) for one, row in zip(group, host, strict=True)]
 
     def _decode(self, group: list[_Due]) -> list[_Decoding]:
         """Decode chunks of one length together."""
@@ -157,12 +178,7 @@ class ChunkDecoder:
             return [_Decoding(one.index, row, one.speech, done) for one, row in zip(group, audio, strict=True)]
         with torch.cuda.stream(self._side):
             there = codes.pin_memory().to(self.codec.device, non_blocking=True)  # else the copy waits for the codec
-            sound = self._joined(group).step(there)[:, 0]
-            host = torch.empty(sound.shape, dtype=sound.dtype, pin_memory=True)
-            host.copy_(sound, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(self._side)
-        return [_Decoding(one.index, row, one.speech, done) for one, row in zip(group, host, strict=True)]
+            return self._to_host(self._joined(group).step(there)[:, 0], group)
 
     @staticmethod
     def _joined(group: list[_Due]) -> CodecStream:
@@ -173,18 +189,19 @@ class ChunkDecoder:
         return stream
 
 
-def decoded(codec: Codec, events: Iterable[Event], alone: bool) -> Iterator[Chunk]:
+def decoded(codec: Codec, events: Iterable[Event], alone: bool, graphs: ChunkGraphs | None = None) -> Iterator[Chunk]:
     """Turn what the engine says into sound.
 
     Args:
         codec: The codec.
         events: Frames and speeches; asked for only when the chunks so far have been taken or are under way.
         alone: Whether there is one utterance only: its first chunk is then waited for, because nothing is as urgent.
+        graphs: Of the codec, for the chunks that have one; None: no chunk has.
 
     Yields:
         Chunks, those of one utterance in order.
     """
-    decoder = ChunkDecoder(codec, grouped=codec.device.type == "cuda" and not alone)
+    decoder = ChunkDecoder(codec, grouped=codec.device.type == "cuda" and not alone, graphs=graphs)
     waiting: deque[_Decoding] = deque()
     hurry = alone
     for event in events:

@@ -150,3 +150,25 @@ def test_a_memory_given_whole_is_given_back(short):
     assert CodecStream.joined([(stream, n) for n in range(3)]).memory is stream.memory
     assert CodecStream.joined([(stream, n) for n in (0, 2, 1)]).memory is not stream.memory
     assert CodecStream.joined([(stream, 0)]).memory is not stream.memory
+
+
+def test_a_memory_in_one_piece_goes_on_as_before(short):
+    codes = random_codes(short.config, 2, 20)
+    stream, usual = CodecStream(short, 2), CodecStream(short, 2)
+    for one in (stream, usual):
+        one.push(codes[:, :, :7])
+    stream.memory.gather()
+    copy = CodecStream(short, 2)
+    copy.memory = stream.memory.clone()
+    assert copy.state_bytes == usual.state_bytes
+    for start in (7, 13):  # the copy is no part of the original: both advance by themselves
+        wanted = usual.push(codes[:, :, start : start + 6])
+        for one in (stream, copy):
+            assert torch.equal(one.push(codes[:, :, start : start + 6]), wanted)
+    stream.reset([1])
+    fresh = CodecStream(short).push(codes[1:, :, :4])
+    assert (stream.push(codes[:, :, :4])[1:] - fresh).abs().max() < 1e-5
+    stream.memory.copy_(copy.memory)
+    copy.reset()
+    assert not any(buffer.any() for buffer in copy.memory._buffers.values())
+    assert torch.equal(stream.push(codes[:, :, 19:]), usual.push(codes[:, :, 19:]))

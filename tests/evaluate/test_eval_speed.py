@@ -91,6 +91,7 @@ def test_the_clock_is_read_where_the_definitions_say(tiny_folder, monkeypatch):
         ({"batch_sizes": ()}, r"batch sizes are \[\]"),
         ({"batch_sizes": (2, 2)}, "one of them twice"),
         ({"device": "tpu"}, "device 'tpu'"),
+        ({"codec_graphs": True}, "graphs of a codec on cpu"),
         ({"num_frames": 100_000}, "leaves room for"),
         ({"text": "<|speaker:0|>Hi.\n<|speaker:1|>Hi.", "num_frames": 100_000}, "leaves room for"),
     ],

@@ -14,8 +14,8 @@ from s2quant.checkpoint.writer import ShardWriter, carry_files
 from s2quant.files import write_json
 from s2quant.model import DualAR, disk_name
 from s2quant.packing import pack
-from s2quant.runtime import decoder as decoder_module
 from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.sampler import Noise
 
 
 @pytest.fixture(scope="session")
@@ -65,18 +65,13 @@ def fed_draws(monkeypatch):
     """Replace the uniform numbers by those that the golden's generator used; a seed names the speech."""
     frames = {}
 
-    def frame_uniforms(generators, num_semantic, num_residual, residual_size):
-        slow = 2 * (num_semantic + 1)
-        rows = []
-        for generator in generators:
-            frame = frames.get(generator, 0)
-            frames[generator] = frame + 1
-            noise = cases.draws(generator.initial_seed(), frame, slow + num_residual * residual_size)
-            rows.append(noise.to(generator.device))
-        uniform = torch.stack(rows)
-        return uniform[:, :slow].view(len(rows), 2, -1), uniform[:, slow:].view(len(rows), num_residual, -1)
+    def fill(noise, block):
+        for row in block:
+            frame = frames.get(noise, 0)
+            frames[noise] = frame + 1
+            row.copy_(cases.draws(noise.generator.initial_seed(), frame, len(row)))
 
-    monkeypatch.setattr(decoder_module, "frame_uniforms", frame_uniforms)
+    monkeypatch.setattr(Noise, "fill", fill)
 
 
 @pytest.fixture(scope="session")

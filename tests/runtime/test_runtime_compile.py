@@ -135,7 +135,13 @@ def draw_ptx(name, candidates, warps, **constants):
     from s2quant.runtime.kernels.launch import How
 
     kernel = getattr(steps, name)
-    constants |= {"KEPT": 8, "D_BLOCK": 4096, **steps.vector_arguments(2560, torch.empty(1)), "DEVICE": True}
+    constants |= {
+        "KEPT": 8,
+        "NOISE": 17410,
+        "D_BLOCK": 4096,
+        **steps.vector_arguments(2560, torch.empty(1)),
+        "DEVICE": True,
+    }
     constants |= steps.draw_arguments(candidates, How())
     source = ASTSource(
         fn=kernel,
@@ -154,7 +160,7 @@ def draw_ptx(name, candidates, warps, **constants):
 def test_a_draw_waits_for_nothing_but_logits_and_sorts_in_registers():
     from s2quant.runtime.kernels import steps
 
-    residual = draw_ptx("residual_kernel", 1024, 4, R=1024, CODEBOOKS=10, LAST=False)
+    residual = draw_ptx("residual_kernel", 1024, 4, R=1024, BEFORE=8194, CODEBOOKS=10, LAST=False)
     semantic = draw_ptx(
         "semantic_kernel", 4096, 8, C=4097, COLUMN=11, MAX_SQUARES=256, batch=1, **steps.swap_arguments()
     )

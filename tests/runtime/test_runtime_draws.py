@@ -128,7 +128,7 @@ def residual(logits, uniform, samplings, best_first, warps):
     steps.residual_kernel[(batch,)](
         logits.to(DEVICE), uniform.to(DEVICE), *on_device(samplings), *state, columns, weights, weights[0], weights[0],
         *vectors(batch), 2,
-        R=size, KEPT=KEPT, CODEBOOKS=CODEBOOKS, LAST=False, D_BLOCK=DIM,
+        R=size, KEPT=KEPT, NOISE=uniform[0, 0].numel(), BEFORE=0, CODEBOOKS=CODEBOOKS, LAST=False, D_BLOCK=DIM,
         **steps.draw_arguments(size, How(best_first=best_first)), **steps.vector_arguments(DIM, None),
         **steps.options(False, warps),
     )  # fmt: skip
@@ -164,7 +164,7 @@ def semantic(logits, uniform, samplings, ignored, windows, best_first, warps):
         logits.to(DEVICE), uniform.to(DEVICE), *on_device(samplings), ignored.to(DEVICE), windows.to(DEVICE), first,
         draws, columns, slow, squares, weights[0], 1e-6, weights, weights[0], weights[0], *vectors(2 * batch), 4, batch,
         1000, 1000 + size - 1,
-        C=size, KEPT=KEPT, COLUMN=1 + CODEBOOKS, D_BLOCK=DIM, MAX_SQUARES=4,
+        C=size, KEPT=KEPT, NOISE=uniform[0, 0].numel(), COLUMN=1 + CODEBOOKS, D_BLOCK=DIM, MAX_SQUARES=4,
         **steps.draw_arguments(size - 1, How(best_first=best_first)), **steps.swap_arguments(),
         **steps.vector_arguments(DIM, None), **steps.options(False, warps),
     )  # fmt: skip

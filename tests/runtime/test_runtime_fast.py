@@ -14,6 +14,7 @@ from s2quant.runtime import fast as fast_module
 from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.engine import Engine, load_engine
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.sampler import AHEAD, Noise
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
 
@@ -47,10 +48,7 @@ def test_fast_is_plain_over_slots_refills_and_batches_of_text(pair, case, num_sl
 
 
 @pytest.mark.parametrize("number", range(len(cases.SPEECHES)))
-def test_a_whole_speech_is_the_reference_s(golden, prompt_engine, fed_draws, monkeypatch, number):  # noqa: F811
-    from s2quant.runtime import decoder as decoder_module
-
-    monkeypatch.setattr(fast_module, "frame_uniforms", decoder_module.frame_uniforms)
+def test_a_whole_speech_is_the_reference_s(golden, prompt_engine, fed_draws, number):  # noqa: F811
     case, length = cases.SPEECHES[number][:2]
     codes, stop_reason = expected(golden, number)
     engine = prompt_engine(case, lengths=(length,))
@@ -119,6 +117,23 @@ def test_frames_are_asked_for_before_the_last_one_is_read(pair, monkeypatch):
     assert order == ["ask", "ask", "read", "ask", "read", "ask", "read", "read"]  # 4 frames, none in vain
 
 
+@pytest.mark.parametrize(("num_slots", "many"), [(1, 1), (9, 3)])
+def test_random_numbers_are_made_in_turns_and_once(pair, monkeypatch, num_slots, many):
+    _, fast = pair("shared", num_slots)
+    made, launch, fill = [], FastDecoder.launch, Noise.fill
+    monkeypatch.setattr(FastDecoder, "launch", lambda self, n: (made.append(0), launch(self, n))[1])
+
+    def noted(noise, block):
+        made[-1] += 1
+        fill(noise, block)
+
+    monkeypatch.setattr(Noise, "fill", noted)
+    requests = [Request(text="12", seed=n, max_frames=40, ignore_end=True) for n in range(num_slots)]
+    spoken(fast, requests)
+    assert made[0] == num_slots and len(made) == 40
+    assert max(made[1:]) == many and sum(made) <= num_slots * (40 // AHEAD + 1)
+
+
 def test_sampling_parameters_of_all_sizes_meet_in_one_batch(pair):
     plain, fast = pair("shared", 4)
     requests = [
@@ -136,7 +151,7 @@ def test_teacher_forced_hidden_vectors_are_the_plain_ones(small_models):
     prompt = cases.prompt("project", 40)
     plain, fast = Decoder(model, 1, 64, 256), FastDecoder(model, 1, 64, 256)
     plain.prefill(0, prompt)
-    fast.seat(0, torch.Generator().manual_seed(0), Sampling(), ignore_end=True)
+    fast.seat(0, Noise(torch.Generator().manual_seed(0)), Sampling(), ignore_end=True)
     fast.begin(0, prompt, 0)
     fast.launch(1)
     for position in range(40, 50):

@@ -158,6 +158,39 @@ def test_many_streams_on_the_gpu_are_each_the_whole_sound(tiny_folder, kind):
             torch.testing.assert_close(sound, engine.decode(mine[-1].speech.codes), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("later", [(), (8, 16)])
+def test_chunks_by_graphs_on_the_gpu_are_the_usual_ones(cuda_engine, later):
+    from s2quant.runtime.chunk_graphs import ChunkGraphs, side_stream
+
+    codec = cuda_engine.codec
+    graphs = ChunkGraphs(codec, later)
+    codes = torch.randint(0, 64, (3, codec.num_codebooks, 33), generator=torch.Generator().manual_seed(1))
+    lanes, usual = [[CodecStream(codec) for _ in range(3)] for _ in range(2)]
+    with torch.cuda.stream(side_stream(codec.device)):
+        for part in codes.split([4, 8, 16, 5], dim=2):
+            for row in range(3):
+                one = part[row : row + 1].cuda()
+                wanted = usual[row].step(one)
+                taken = graphs.takes(lanes[row], one.shape[2])
+                assert taken == (one.shape[2] in (4, *later))
+                found = graphs.push(lanes[row], one) if taken else lanes[row].step(one)
+                torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_streams_with_graphs_on_the_gpu_are_each_the_whole_sound(tiny_folder, kind, count):
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=7, decoder=kind, codec_graphs=True)
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=30 + 11 * n) for n in range(count)]
+    for _ in range(2):
+        chunks = list(engine.stream_requests(requests))
+        for index in range(count):
+            mine = [chunk for chunk in chunks if chunk.index == index]
+            sound = torch.cat([chunk.audio for chunk in mine])
+            torch.testing.assert_close(sound, engine.decode(mine[-1].speech.codes), atol=1e-4, rtol=0)
+    assert engine._chunk_graphs is not None and engine._chunk_graphs.captured
+
+
 def test_the_codec_does_not_hold_up_the_frames(tiny_folder, monkeypatch):
     """While the codec's stream is kept busy, frames go on being made and no chunk is given out."""
     engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=2, decoder="fast")

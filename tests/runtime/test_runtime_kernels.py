@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from s2quant.layers import apply_rotary, rotary_table
 from s2quant.runtime.kernels.layout import pack, pair
-from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic
+from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic, noise_size, split_noise
 from s2quant.sampling import Sampling
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
@@ -238,9 +238,9 @@ SAMPLINGS = [
 
 def drawn_state(batch, candidates, size, kept=2, codebooks=3):
     generator = torch.Generator().manual_seed(batch + candidates)
+    width = noise_size(candidates - 1, codebooks - 1, size)
     return {
-        "uniform": torch.rand(batch, kept, 2, candidates, generator=generator),
-        "uniform_fast": torch.rand(batch, kept, codebooks - 1, size, generator=generator),
+        "noise": torch.rand(batch, kept, width, generator=generator),
         "draws": torch.arange(batch) + 1,
         "positions": torch.arange(batch) * 7,
     }
@@ -264,13 +264,14 @@ def test_the_residual_draw_is_the_sampler_s(last):
     place = torch.randperm(dim, generator=torch.Generator().manual_seed(7)).int().to(DEVICE)
     hidden, out, squares = poisoned(batch, dim), poisoned(batch, dim, dtype=torch.bfloat16), poisoned(batch, 1)
     steps.residual_kernel[(batch,)](
-        logits.to(DEVICE), moved["uniform_fast"], rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
+        logits.to(DEVICE), moved["noise"], rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
         rows.top_k.to(DEVICE), first, moved["draws"], moved["positions"], columns, embeddings.to(DEVICE),
         norm.to(DEVICE), place, hidden, out, squares, 2,
-        R=size, KEPT=2, CODEBOOKS=codebooks, LAST=last, D_BLOCK=32, **steps.draw_arguments(size, How()),
+        R=size, KEPT=2, NOISE=moved["noise"].shape[2], BEFORE=20, CODEBOOKS=codebooks, LAST=last, D_BLOCK=32,
+        **steps.draw_arguments(size, How()),
         **steps.vector_arguments(dim, place), **steps.options(False, 1),
     )  # fmt: skip
-    noise = state["uniform_fast"][torch.arange(batch), state["draws"] % 2, 1]
+    noise = split_noise(state["noise"], 9, size)[1][torch.arange(batch), state["draws"] % 2, 1]
     wanted = draw(logits, rows, noise)
     assert torch.equal(columns[:, 3].cpu(), wanted)
     if last:
@@ -305,15 +306,15 @@ def test_the_semantic_draw_is_the_sampler_s():
     hidden, out = poisoned(2 * batch, dim), poisoned(2 * batch, dim, dtype=torch.bfloat16)
     squares, ours = poisoned(2 * batch, 1), windows.clone().to(DEVICE)
     steps.semantic_kernel[(batch, 2)](
-        logits.to(DEVICE), state["uniform"].to(DEVICE), rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
+        logits.to(DEVICE), state["noise"].to(DEVICE), rows.temperature.to(DEVICE), rows.top_p.to(DEVICE),
         rows.top_k.to(DEVICE), rows.ignore_end.to(DEVICE), ours, first.to(DEVICE), state["draws"].to(DEVICE), columns,
         slow.to(DEVICE), squares_in.to(DEVICE), slow_norm.to(DEVICE), 1e-6, embeddings.to(DEVICE), norm.to(DEVICE),
         norm.to(DEVICE), hidden, out, squares, 4, batch, 1000, 77,
-        C=semantic + 1, KEPT=kept, COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
+        C=semantic + 1, KEPT=kept, NOISE=state["noise"].shape[2], COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
         **steps.draw_arguments(semantic, How()), **steps.swap_arguments(), **steps.vector_arguments(dim, None),
         **steps.options(False, 1),
     )  # fmt: skip
-    noise = state["uniform"][torch.arange(batch), state["draws"] % kept]
+    noise = split_noise(state["noise"], semantic, 8)[0][torch.arange(batch), state["draws"] % kept]
     window = windows.masked_fill(first[:, None], -1)
     wanted = draw_semantic(logits, rows, noise, window, semantic)
     plain = draw(logits.clone().masked_fill_(_end_of(ignored, semantic), float("-inf")), rows, noise[:, 0])

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from s2quant.runtime.sampler import SamplingRows, draw, draw_semantic, filtered_probs, frame_uniforms
+from s2quant.runtime.sampler import (
+    AHEAD,
+    Noise,
+    SamplingRows,
+    draw,
+    draw_semantic,
+    filtered_probs,
+    frame_uniforms,
+    noise_size,
+)
 from s2quant.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -144,13 +153,30 @@ def test_the_second_draw_is_hot_whatever_the_first():
     assert int(draw_semantic(logits, sampling, uniform, torch.tensor([[0]]), 4)) == 0
 
 
-def test_a_slot_s_numbers_depend_on_its_own_generator_only():
-    def generators(*seeds):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+def noises(*seeds):
+    return [Noise(torch.Generator().manual_seed(seed)) for seed in seeds]
 
-    together = frame_uniforms(generators(1, 2, 3), 16, 9, 32)
+
+def test_a_slot_s_numbers_depend_on_its_own_generator_only():
+    together = frame_uniforms(noises(1, 2, 3), 16, 9, 32)
     assert [t.shape for t in together] == [(3, 2, 17), (3, 9, 32)]
     for row, seed in enumerate((1, 2, 3)):
-        for a, b in zip(together, frame_uniforms(generators(seed), 16, 9, 32), strict=True):
+        for a, b in zip(together, frame_uniforms(noises(seed), 16, 9, 32), strict=True):
             assert torch.equal(a[row], b[0])
     assert not torch.equal(together[0][0], together[0][1])
+
+
+@pytest.mark.parametrize("sizes", [(16, 9, 32), (4096, 9, 1024), (2, 1, 3)])
+def test_a_block_on_a_cpu_is_a_call_per_frame(sizes):
+    size, count = noise_size(*sizes), 2 * AHEAD + 1
+    generator = torch.Generator().manual_seed(5)
+    single = [torch.rand(size, generator=generator) for _ in range(count)]
+    (noise,), (ring,) = noises(5), noises(5)
+    assert all(torch.equal(noise.frame(size), frame) for frame in single)
+    kept = torch.zeros(2, 2 * AHEAD, size)  # as the fast decoder keeps them
+    for start in (0, AHEAD):
+        ring.fill(kept[1, start : start + AHEAD])
+    assert torch.equal(kept[1], torch.stack(single[:-1])) and not kept[0].any()
+    slow, fast = frame_uniforms(noises(5), *sizes)
+    assert torch.equal(torch.cat([slow.flatten(), fast.flatten()]), single[0])
+    assert float(kept[1].min()) >= 0 and float(kept[1].max()) < 1

@@ -158,7 +158,7 @@ def pushes(monkeypatch):
 @pytest.mark.parametrize("limit", [512, 32])
 def test_chunks_of_many_are_decoded_together_and_sound_the_same(engine, no_end, pushes, monkeypatch, limit):
     plain = streaming.ChunkDecoder
-    monkeypatch.setattr(streaming, "ChunkDecoder", lambda codec, grouped: plain(codec, grouped=True))
+    monkeypatch.setattr(streaming, "ChunkDecoder", lambda codec, **_: plain(codec, grouped=True))
     monkeypatch.setattr(streaming, "GROUP_FRAMES", limit)
     chunks = list(engine.stream_requests(MANY))
     assert (4, 4) in pushes or (3, 4) in pushes

@@ -36,6 +36,16 @@ def test_parts_of_the_script(script, tmp_path, monkeypatch):
     assert parts["against"]["left out"] == "no --against"
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_codec_graphs_are_asked_of_bench(script, tmp_path, monkeypatch, wanted):
+    asked = []
+    monkeypatch.setattr(script.Check, "run", lambda self, name, words: asked.append(words) or {})
+    words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--only", "bench"]
+    monkeypatch.setattr(sys, "argv", ["stream_check.py", *map(str, words), *(["--codec-graphs"] if wanted else [])])
+    assert script.main() == 0
+    assert len(asked) == 1 and ("--codec-graphs" in asked[0]) == wanted
+
+
 def test_a_part_that_fails_loses_no_other(script, tmp_path, monkeypatch):
     words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu"]
     monkeypatch.setattr(script, "load", lambda check: 1 / 0)

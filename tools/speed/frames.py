@@ -26,6 +26,7 @@ from s2quant.runtime.kernels.launch import MEASURED, How
 from s2quant.runtime.kernels.weights import Then
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
+from s2quant.runtime.sampler import Noise
 from s2quant.sampling import Sampling
 from tools.speed.linears import Case, Job
 from tools.speed.timing import replayed
@@ -99,8 +100,8 @@ def seated(
     decoder.cache.keys.normal_(generator=generator)
     decoder.cache.values.normal_(generator=generator)
     for slot in range(batch):
-        seed = torch.Generator(decoder.device).manual_seed(slot)
-        decoder.seat(slot, seed, Sampling(), ignore_end=True)
+        noise = Noise(torch.Generator(decoder.device).manual_seed(slot))
+        decoder.seat(slot, noise, Sampling(), ignore_end=True)
         column = random_column(model.config, slot, decoder.device)
         decoder.state.columns[slot] = column
         decoder.positions[slot] = position
@@ -243,7 +244,7 @@ def fused_logits(
     decoder = FastDecoder(model, slots, tokens.shape[1], residual, graphs=None, fused=True)
     if how is not None:  # else as the decoder itself launches
         decoder._fused = FusedFrame(model, slots, residual, decoder.max_positions, how)
-    decoder.seat(0, torch.Generator(decoder.device).manual_seed(3), Sampling(), ignore_end=False)
+    decoder.seat(0, Noise(torch.Generator(decoder.device).manual_seed(3)), Sampling(), ignore_end=False)
     decoder.begin(0, tokens[:, :prompt], 0)
     for slot in range(1, slots):
         decoder.move(0, slot)

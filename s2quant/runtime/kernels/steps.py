@@ -3,7 +3,7 @@
 """What stands between the transformers: embed a column, draw a code, embed the code; one program per row.
 
 Legend: B rows, D width, N codebooks, C semantic candidates and the end, R residual candidates, K frames of random
-numbers kept per slot.
+numbers kept per slot (KEPT), of NOISE numbers each: two of every semantic candidate, then (BEFORE) the residual ones'.
 
 The draw is `s2quant.runtime.sampler`'s: ranks are counted and their probabilities added up; then, of all down to the
 last that stays, the one with the largest p / -ln u is drawn. The best 32 are ranked at once (`best`, beside), which is
@@ -132,9 +132,9 @@ def semantic_kernel(
     logits, uniform, temperature, top_p, top_k, ignore_end, windows, first, draws, columns,
     slow_hidden, slow_squares, slow_norm, slow_eps, embeddings, norm, place, hidden, out, squares,
     num_squares, batch, first_semantic, end_token,
-    C: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, WINDOW: tl.constexpr,
-    COLUMN: tl.constexpr, RAS_T: tl.constexpr, RAS_P: tl.constexpr, SMALLEST: tl.constexpr, D: tl.constexpr,
-    D_BLOCK: tl.constexpr, MAX_SQUARES: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
+    C: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
+    WINDOW: tl.constexpr, COLUMN: tl.constexpr, RAS_T: tl.constexpr, RAS_P: tl.constexpr, SMALLEST: tl.constexpr,
+    D: tl.constexpr, D_BLOCK: tl.constexpr, MAX_SQUARES: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Begin the Fast AR: a program draws the semantic code or the end, with its one swap, and embeds it; another norms
     the hidden vector, which waits for no draw.
@@ -155,7 +155,7 @@ def semantic_kernel(
         _write_vector(x, d, inside, weight, target, hidden, out, squares, row, D)
     else:
         index = tl.max_contiguous(tl.arange(0, BLOCK), 1)
-        noise = uniform + (row * KEPT + tl.load(draws + row) % KEPT) * (2 * C)
+        noise = uniform + (row * KEPT + tl.load(draws + row) % KEPT) * NOISE
         heat = tl.load(temperature + row)
         most = tl.load(top_k + row)
         share = tl.load(top_p + row)
@@ -249,9 +249,9 @@ def semantic_kernel(
 def residual_kernel(
     logits, uniform, temperature, top_p, top_k, first, draws, positions, columns,
     embeddings, norm, place, hidden, out, squares, number,
-    R: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, CODEBOOKS: tl.constexpr,
-    SMALLEST: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr, LAST: tl.constexpr, PLACED: tl.constexpr,
-    DEVICE: tl.constexpr,
+    R: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
+    BEFORE: tl.constexpr, CODEBOOKS: tl.constexpr, SMALLEST: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
+    LAST: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Draw a residual code; feed it back, or end the frame."""
     BLOCK: tl.constexpr = 2**BITS
@@ -260,7 +260,7 @@ def residual_kernel(
     d = tl.max_contiguous(tl.arange(0, D_BLOCK), 1)  # one by one, as candidates: no trip through shared memory
     inside = d < D
     drawn = tl.load(draws + row)
-    noise = uniform + ((row * KEPT + drawn % KEPT) * (CODEBOOKS - 1) + number - 1) * R
+    noise = uniform + (row * KEPT + drawn % KEPT) * NOISE + BEFORE + (number - 1) * R
     heat = tl.load(temperature + row)
     most = tl.load(top_k + row)
     share = tl.load(top_p + row)
