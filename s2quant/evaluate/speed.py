@@ -102,10 +102,10 @@ def measure_speed(
         version, device, dtype, decoder, prompt_graphs, memory_limit_gb, low_memory, codec_graphs, text, num_frames,
         repeats, warmup_s (of all arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends,
         decoding: see `describe_decoding`), and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame, rtf,
-        ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode, prefill,
-        ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples (every
-        timed round). Memory is that of speaking and decoding, and None on a CPU; first_audio_s is that of one stream
-        alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the rows of
+        ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode,
+        prefill, ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples
+        (every timed round). Memory is that of speaking and decoding, and None on a CPU; first_audio_s is that of one
+        stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the rows of
         `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`, with
         same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over that of
         every arm at batch 1); each is empty unless it was asked for.
