@@ -30,20 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 SAID = (
-    "KIND",
-    "EPILOGUE",
-    "K",
-    "GROUPS",
-    "T",
-    "ROWS",
-    "SPLITS",
-    "STAGES",
-    "TILES",
-    "COLS",
-    "LEAST",
-    "WITHIN",
-    "TOGETHER",
-)
+    "KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST", "WITHIN", "TOGETHER",
+)  # fmt: skip
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",

@@ -44,6 +44,7 @@ class Check:
         self.until = self.deadline = self.started + options.seconds
         self.facts: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
+        self.left_out: set[str] = set()  # ways to launch that gave wrong products
         self.how = MEASURED if options.how == "best" else as_first(MEASURED)
 
     @property

@@ -16,6 +16,7 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.export.random import s2_pro_config, tiny_config
 from s2quant.runtime.kernels import shapes
 from s2quant.runtime.kernels.choice import is_many, plan_for
+from s2quant.runtime.kernels.launch import How
 from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
 from s2quant.runtime.kernels.weights import Block
@@ -70,6 +71,9 @@ def compile_part(check: Check) -> None:
     columns = {what_differs(rows, check.how): rows for rows in ROWS[check.size]}.values()
     cases = linears.cases(sizes_of(config_of(check.size)))
     wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
+    for how, many in finishes(check).values():
+        each = {rows_of(rows): rows for rows in many}.values()
+        wanted += [job for case in cases for rows in each for job in linears.jobs(case, rows, False, how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
     for name in MODELS[check.size]:
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
@@ -101,23 +105,36 @@ def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
     return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
+def finishes(check: Check) -> dict[str, tuple[How, list[int]]]:
+    """List the other ways to add up what splits leave, with the numbers of rows for which there are any."""
+    many = [rows for rows in ROWS[check.size] if is_many(rows, check.how)]
+    last, together = (replace(check.how, finish_within=True, finish_together=way) for way in (False, True))
+    ways = {"finish_within": last, "finish_together": together}
+    return {name: (how, many) for name, how in ways.items() if many and how != check.how}
+
+
 def kernels_part(check: Check) -> None:
-    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    named = {f"{case.kind} {case.name}": (case, "", check.how, [*ROWS[check.size]]) for case in cases}
+    for way, (how, many) in finishes(check).items():
+        split = [case for case in cases if not case.gated]  # the others have nothing to add up
+        named |= {f"{case.kind} {case.name} {way}": (case, way, how, many) for case in split}
     right = wrong = 0
-    for name, found in check.items("kernels", list(cases)):
-        for rows in ROWS[check.size]:
+    for name, found in check.items("kernels", list(named)):
+        case, way, how, numbers = named[name]
+        for rows in numbers:
             torch.manual_seed(rows)
             row: dict[str, Any] = {"case": name, "rows": rows, "right": False}
-            case = cases[name]
-            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, check.how)})  # noqa: B023
+            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, how)})  # noqa: B023
             row["right"] = all(value <= LIMITS[key] for key, value in row.get("errors", {"out": 9.0}).items())
-            right, wrong = right + row["right"], wrong + (not row["right"])
+            right, wrong = right + row["right"], wrong + (not row["right"] and not way)
             if not row["right"]:
                 check.say(f"WRONG {row}")
+                check.left_out.add(way)
             found.append(row)
-    check.say(f"{right} of {right + wrong} products right")
+    check.say(f"{right} of {sum(len(job[3]) for job in named.values())} products right")
     if wrong and (check.how.flat or check.how.many_rows):  # so that what follows is measured on kernels that are right
-        faults = [row for row in check.facts["kernels"] if not row.get("right", True)]
+        faults = [row for row in check.facts["kernels"] if not row.get("right", True) and named[row["case"]][1] == ""]
         only_many = all(is_many(row["rows"], check.how) for row in faults)
         check.how = replace(check.how, many_rows=False) if only_many else as_first(check.how)
         check.facts.setdefault("kernels_wrong", []).extend(faults)
@@ -226,7 +243,13 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "long_stretches", "early")  # what counts at many rows; at few only the last does
+MANY_WAYS = ("many_rows", "finish_within", "long_stretches", "early")  # what counts at many rows
+MANY_ONLY = ("many_rows", "finish_within", "finish_together", "long_stretches")  # what does not count at few
+
+
+def finish_of(how: How) -> str:
+    """Name the way in which a frame adds up what splits leave, as `finishes` does."""
+    return "" if not how.finish_within else "finish_together" if how.finish_together else "finish_within"
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
@@ -235,11 +258,16 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
         how, many = for_model(check.how, name), batch > 16
         switches = {key: value for key, value in vars(how).items() if isinstance(value, bool)}
-        chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_WAYS[:2])]
+        chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
         for key in chosen:
             title = f"without {key}" if switches[key] else f"with {key}"
             more[title] = replace(how, **{key: not switches[key]})
+        if many:
+            together = not (how.finish_within and how.finish_together)
+            title = f"with finish_within {'and' if together else 'without'} finish_together"
+            more[title] = replace(how, finish_within=True, finish_together=together)
+        more = {title: way for title, way in more.items() if way == how or finish_of(way) not in check.left_out}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
