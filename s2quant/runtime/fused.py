@@ -191,8 +191,8 @@ class FusedFrame:
     def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import choice
 
-        scratch = {"parts": self.parts, "arrived": self.arrived}
-        choice.multiply(linear.weight, x, rows, then, self._plan(linear, rows), self.how, **scratch)
+        plan = self._plan(linear, rows)
+        choice.multiply(linear.weight, x, rows, then, plan, self.how, parts=self.parts, arrived=self.arrived)
 
     def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
         from s2quant.runtime.kernels.choice import plan_for

@@ -130,7 +130,7 @@ def kernels_part(check: Check) -> None:
             right, wrong = right + row["right"], wrong + (not row["right"] and not way)
             if not row["right"]:
                 check.say(f"WRONG {row}")
-                check.left_out.add(way)
+                check.wrong_ways |= {way} - {""}
             found.append(row)
     check.say(f"{right} of {sum(len(job[3]) for job in named.values())} products right")
     if wrong and (check.how.flat or check.how.many_rows):  # so that what follows is measured on kernels that are right
@@ -267,7 +267,7 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
             together = not (how.finish_within and how.finish_together)
             title = f"with finish_within {'and' if together else 'without'} finish_together"
             more[title] = replace(how, finish_within=True, finish_together=together)
-        more = {title: way for title, way in more.items() if way == how or finish_of(way) not in check.left_out}
+        more = {title: way for title, way in more.items() if way == how or finish_of(way) not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
