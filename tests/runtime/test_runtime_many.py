@@ -67,6 +67,33 @@ def test_larger_groups(kind, group_size):
 
 @kernel
 @pytest.mark.parametrize("kind", ["w4", "w8"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_shared_shifts_unpack_the_same_numbers(kind, group_size):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, (matrix,) = weight_of(kind, 144, 256, False, group_size)
+    x = arranged(x_of(64, 256), kind)
+    found = []
+    for shared in (False, True):
+        out = poisoned(64, 144)
+        many(weight, x, 64, Then(epilogue="store", out=out), block_of(weight), how_of(shared_shifts=shared))
+        found.append(out)
+    assert torch.equal(*found)
+    assert relative(found[0], x_of(64, 256)[:64].double() @ rounded(matrix).T) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_all_of_unpacking_is_exact_in_float32_up_to_its_rounding(bits):
+    """2^(23 - TO) + middle, times a scale of 11 bits, has to fit into 24 for every TO: 8 and 12, or 8."""
+    scales = torch.arange(1024, 2048).double()
+    for to in {8 + at % 8 for at in range(0, 32, bits)}:
+        middle = scales * ((1 << (23 - to)) + (1 << (bits - 1)))
+        assert torch.equal(middle, middle.float().double())
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
 def test_scales_of_bfloat16(kind):
     from s2quant.runtime.kernels.many import many
     from s2quant.runtime.kernels.weights import Then, Weight

@@ -243,8 +243,8 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "finish_within", "long_stretches", "early")  # what counts at many rows
-MANY_ONLY = ("many_rows", "finish_within", "finish_together", "long_stretches")  # what does not count at few
+MANY_WAYS = ("many_rows", "finish_within", "shared_shifts", "long_stretches", "early")  # what counts at many rows
+MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "long_stretches")  # and not at few
 
 
 def finish_of(how: How) -> str:

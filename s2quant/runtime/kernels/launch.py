@@ -30,6 +30,8 @@ class How:
             (`s2quant.runtime.kernels.finish`); not yet run on a GPU.
         finish_together: With `finish_within`: whether all programs of a block of outputs do so, each for some of the
             rows, not only the last to arrive.
+        shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
+            not yet run on a GPU.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
@@ -45,6 +47,7 @@ class How:
     many_rows: bool = True
     finish_within: bool = False
     finish_together: bool = False
+    shared_shifts: bool = False
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 4

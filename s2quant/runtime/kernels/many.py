@@ -76,25 +76,36 @@ def bits_into(raw, MASK: tl.constexpr, WITH: tl.constexpr, DEVICE: tl.constexpr)
 
 @triton.jit
 def unpacked(
-    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, DEVICE: tl.constexpr
+    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, SHARED: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Unpack the codes that begin at bit AT: words [T, 64 BITS], scale [T, 8, G] -> bf16 [8 T, 8 BITS]."""
+    """Unpack the codes that begin at bit AT: words [T, 64 BITS], scale [T, 8, G] -> bf16 [8 T, 8 BITS].
+
+    A code becomes part of the fraction of a float32 of exponent 23 - TO, so 2^(23 - TO) + code, wherever it stands in
+    the fraction. From bit 8 on 2^(23 - TO) + middle times a scale of 11 bits is exact too. So codes need not all be
+    moved to one bit: with SHARED three shifts of a word serve all its codes, else nearly each has its own.
+    """
     INPUTS: tl.constexpr = 8 * BITS
-    TOP: tl.constexpr = 16 if BITS == 4 else 15  # the code's lowest bit in the fraction of a float32
-    if AT < TOP:
-        raw = words << (TOP - AT)
+    TO: tl.constexpr = 8 + AT % 8 if SHARED else 16 if BITS == 4 else 15
+    if AT < TO:
+        raw = words << (TO - AT)
+    elif AT > TO:
+        raw = words >> (AT - TO)
     else:
-        raw = words >> (AT - TOP)
-    if BITS == 4:  # 128 + code
-        wide = bits_into(raw, 0x000F0000, 0x43000000, DEVICE)
-        middle = scale * 136
+        raw = words
+    EXPONENT: tl.constexpr = (150 - TO) << 23
+    MIDDLE: tl.constexpr = (1 << (23 - TO)) + (1 << (BITS - 1))
+    if BITS == 4:
+        wide = bits_into(raw, 15 << TO, EXPONENT, DEVICE)
         wide = tl.permute(tl.reshape(wide, (T, 2, 8, 4, 2, 2)), (0, 2, 1, 4, 3, 5))  # tile g half q t s
-    else:  # 256 + code; its highest bit is stored inverted
-        wide = bits_into(raw, 0x007F8000, 0x43C00000, DEVICE)
-        middle = scale * 384
+    else:  # its highest bit is stored inverted
+        wide = bits_into(raw, 255 << TO, EXPONENT | (128 << TO), DEVICE)
         wide = tl.permute(tl.reshape(wide, (T, 4, 8, 4, 2, 2)), (0, 2, 1, 4, 3, 5))  # tile g q s t n
     wide = tl.reshape(wide, (T, 8, GROUPS, INPUTS // GROUPS))
-    values = wide * scale[:, :, :, None] - middle[:, :, :, None]  # all exact up to here
+    if DEVICE:
+        values = tl.fma(wide, scale[:, :, :, None], (scale * -MIDDLE)[:, :, :, None])  # all exact up to here
+    else:
+        values = (wide - MIDDLE) * scale[:, :, :, None]
     if not DEVICE:  # the interpreter only cuts off
         raw = values.to(tl.int32, bitcast=True)
         values = ((raw + 0x7FFF + ((raw >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -114,7 +125,7 @@ def many_kernel(
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, DEVICE: tl.constexpr,
+    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
@@ -152,9 +163,9 @@ def many_kernel(
             high = scales_of(pairs, T, GROUPS, True, BF16)
             for part in tl.static_range(128 // INPUTS):
                 inputs = tl.load(xs + (step * STEP + part * INPUTS))
-                codes = unpacked(words, low, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8, DEVICE)
+                codes = unpacked(words, low, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8, SHARED, DEVICE)
                 sums = dot(codes, inputs, sums, DEVICE)
-                codes = unpacked(words, high, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8 + BITS, DEVICE)
+                codes = unpacked(words, high, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8 + BITS, SHARED, DEVICE)
                 others = dot(codes, inputs, others, DEVICE)
         else:
             inputs = tl.load(xs + step * STEP)
@@ -278,6 +289,7 @@ def many(
         EPILOGUE=then.epilogue,
         WITHIN=within,
         TOGETHER=together,
+        SHARED=how.shared_shifts,
         **shared,
         num_warps=block.warps,
         **early,
