@@ -243,8 +243,8 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "finish_within", "shared_shifts", "long_stretches", "early")  # what counts at many rows
-MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "long_stretches")  # and not at few
+MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "fixed_turns", "long_stretches")
+MANY_WAYS = (*(way for way in MANY_ONLY if way != "finish_together"), "early")  # what counts at many rows
 
 
 def finish_of(how: How) -> str:

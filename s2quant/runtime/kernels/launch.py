@@ -32,6 +32,8 @@ class How:
             rows, not only the last to arrive.
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             not yet run on a GPU.
+        fixed_turns: Whether the loop of packed products of many rows runs equally often in every split, a number known
+            when it is compiled; not yet run on a GPU.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
@@ -48,6 +50,7 @@ class How:
     finish_within: bool = False
     finish_together: bool = False
     shared_shifts: bool = False
+    fixed_turns: bool = False
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 4

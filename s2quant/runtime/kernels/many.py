@@ -125,14 +125,17 @@ def many_kernel(
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, DEVICE: tl.constexpr,
+    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, FIXED_TURNS: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
     BITS: tl.constexpr = 4 if KIND == "w4" else 8
     SPAN: tl.constexpr = 8 * T if PACKED or GATED else 16 * T  # outputs of each of the products
     INPUTS: tl.constexpr = 8 * BITS if PACKED else STEP
-    SPLIT_STEPS: tl.constexpr = (K // STEP + SPLITS - 1) // SPLITS
+    STEPS: tl.constexpr = K // STEP
+    SPLIT_STEPS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    FIXED: tl.constexpr = FIXED_TURNS and PACKED
     AXIS: tl.constexpr = 1 if TOGETHER else 0  # programs that wait for one another stand side by side
     row_block = tl.program_id(AXIS)
     block = tl.program_id(AXIS + 1)
@@ -151,14 +154,19 @@ def many_kernel(
         weights = weight + row[:, None] * K + k[None, :]
         seconds = second + row[:, None] * K + k[None, :]
     first = split * SPLIT_STEPS
-    last = tl.minimum(first + SPLIT_STEPS, K // STEP)
+    last = tl.minimum(first + SPLIT_STEPS, STEPS)
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
     wait(DEVICE)
-    for step in tl.range(first, last, num_stages=STAGES):
+    for turn in tl.range(0 if FIXED else first, SPLIT_STEPS if FIXED else last, num_stages=STAGES):
+        step = turn
+        if FIXED:  # ptxas overlaps products only if it sees how often the loop runs
+            step = first + turn if STEPS % SPLITS == 0 else tl.minimum(first + turn, STEPS - 1)
         if PACKED:
             words = tl.load(weights + step * (64 * BITS))
             pairs = tl.load(seconds + step * (8 * GROUPS))
+            if FIXED and STEPS % SPLITS != 0:  # turns that the last splits lack count nothing
+                pairs = tl.where(first + turn < STEPS, pairs, 0)
             low = scales_of(pairs, T, GROUPS, False, BF16)
             high = scales_of(pairs, T, GROUPS, True, BF16)
             for part in tl.static_range(128 // INPUTS):
@@ -290,6 +298,7 @@ def many(
         WITHIN=within,
         TOGETHER=together,
         SHARED=how.shared_shifts,
+        FIXED_TURNS=how.fixed_turns,
         **shared,
         num_warps=block.warps,
         **early,
