@@ -65,11 +65,11 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-WITHIN = {"finish_within": True, "finish_together": True}
+TRIALS = {"finish_within": True, "finish_together": True, "shared_shifts": True, "fixed_turns": True}
 
 
 @pytest.mark.parametrize(
-    ("slots", "off"), [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False}), (24, WITHIN)], ids=str
+    ("slots", "off"), [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False}), (24, TRIALS)], ids=str
 )
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
 def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):

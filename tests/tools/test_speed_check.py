@@ -82,24 +82,28 @@ def test_wrong_products_of_many_rows_leave_the_other_kernel_as_it_is(check, monk
     assert "many rows" in check.facts["fell_back"]
 
 
-def test_a_wrong_way_to_add_parts_up_is_not_timed_and_changes_nothing_else(check, monkeypatch):
+def test_a_trial_that_is_wrong_is_not_timed_and_changes_nothing_else(check, monkeypatch):
     from tools.speed import linears
-    from tools.speed.parts import kernels_part, variants_of
+    from tools.speed.parts import TOGETHER, kernels_part, trials, variants_of
 
-    seen, before = [], check.how
+    seen, before = set(), check.how
 
     def errors(case, rows, device, how):
-        seen.append((rows, how.finish_within, how.finish_together))
+        seen.add((rows, how.finish_within, how.finish_together, how.shared_shifts, how.fixed_turns))
         return {"out": 1.0 if how.finish_together else 0.0}
 
     monkeypatch.setattr(linears, "errors", errors)
     kernels_part(check)
-    assert {way for way in seen if way[1]} == {(17, True, False), (17, True, True)} and (17, False, False) in seen
+    tried = {
+        (17, how.finish_within, how.finish_together, how.shared_shifts, how.fixed_turns)
+        for how in trials(check).values()
+    }
+    assert {way for way in seen if any(way[1:])} == tried and len(tried) == 4
     assert check.how == before and "fell_back" not in check.facts
     titles = {row[2] for row in variants_of(check)}
-    assert "with finish_within" in titles and "with finish_within and finish_together" not in titles
-    wrong = {row["case"].rpartition(" ")[2] for row in check.facts["kernels"] if not row["right"]}
-    assert wrong == {"finish_together"}
+    assert {"with finish_within", "with shared_shifts", "with fixed_turns"} <= titles and TOGETHER not in titles
+    wrong = [row["case"] for row in check.facts["kernels"] if not row["right"]]
+    assert wrong and all(name.endswith(TOGETHER) and "w1+w3" not in name for name in wrong)
 
 
 def test_first_ways_leave_out_all_that_came_later(check):

@@ -44,7 +44,7 @@ class Check:
         self.until = self.deadline = self.started + options.seconds
         self.facts: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
-        self.wrong_ways: set[str] = set()  # ways to add up what splits leave that gave wrong products
+        self.wrong_ways: set[str] = set()  # variants that gave wrong products
         self.how = MEASURED if options.how == "best" else as_first(MEASURED)
 
     @property

@@ -71,9 +71,10 @@ def compile_part(check: Check) -> None:
     columns = {what_differs(rows, check.how): rows for rows in ROWS[check.size]}.values()
     cases = linears.cases(sizes_of(config_of(check.size)))
     wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
-    for how, many in finishes(check).values():
-        each = {rows_of(rows): rows for rows in many}.values()
-        wanted += [job for case in cases for rows in each for job in linears.jobs(case, rows, False, how)]
+    for title, how in trials(check).items():
+        for case in cases:
+            each = {rows_of(rows): rows for rows in trial_rows(check, case, title)}.values()
+            wanted += [job for rows in each for job in linears.jobs(case, rows, False, how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
     for name in MODELS[check.size]:
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
@@ -105,32 +106,41 @@ def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
     return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
-def finishes(check: Check) -> dict[str, tuple[How, list[int]]]:
-    """List the other ways to add up what splits leave, with the numbers of rows for which there are any."""
-    many = [rows for rows in ROWS[check.size] if is_many(rows, check.how)]
-    last, together = (replace(check.how, finish_within=True, finish_together=way) for way in (False, True))
-    ways = {"finish_within": last, "finish_together": together}
-    return {name: (how, many) for name, how in ways.items() if many and how != check.how}
+TOGETHER = "with finish_within and finish_together"
+
+
+def trials(check: Check) -> dict[str, How]:
+    """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
+    ways = {f"with {key}": {key: True} for key in ("finish_within", "shared_shifts", "fixed_turns")}
+    ways[TOGETHER] = {"finish_within": True, "finish_together": True}
+    found = {title: replace(check.how, **ways[title]) for title in ways}
+    return {title: how for title, how in found.items() if check.how.many_rows and how != check.how}
+
+
+def trial_rows(check: Check, case: linears.Case, title: str) -> list[int]:
+    """List the numbers of rows for which a trial changes a linear."""
+    changed = not case.gated if "finish" in title else case.kind != "bf16"  # a gated pair is not split
+    return [rows for rows in ROWS[check.size] if changed and is_many(rows, check.how)]
 
 
 def kernels_part(check: Check) -> None:
     cases = linears.cases(sizes_of(config_of(check.size)))
     named = {f"{case.kind} {case.name}": (case, "", check.how, [*ROWS[check.size]]) for case in cases}
-    for way, (how, many) in finishes(check).items():
-        split = [case for case in cases if not case.gated]  # the others have nothing to add up
-        named |= {f"{case.kind} {case.name} {way}": (case, way, how, many) for case in split}
+    for title, way in trials(check).items():
+        its = {case: trial_rows(check, case, title) for case in cases}
+        named |= {f"{case.kind} {case.name} {title}": (case, title, way, rows) for case, rows in its.items() if rows}
     right = wrong = 0
     for name, found in check.items("kernels", list(named)):
-        case, way, how, numbers = named[name]
+        case, title, how, numbers = named[name]
         for rows in numbers:
             torch.manual_seed(rows)
             row: dict[str, Any] = {"case": name, "rows": rows, "right": False}
             check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, how)})  # noqa: B023
             row["right"] = all(value <= LIMITS[key] for key, value in row.get("errors", {"out": 9.0}).items())
-            right, wrong = right + row["right"], wrong + (not row["right"] and not way)
+            right, wrong = right + row["right"], wrong + (not row["right"] and not title)
             if not row["right"]:
                 check.say(f"WRONG {row}")
-                check.wrong_ways |= {way} - {""}
+                check.wrong_ways |= {title} - {""}
             found.append(row)
     check.say(f"{right} of {sum(len(job[3]) for job in named.values())} products right")
     if wrong and (check.how.flat or check.how.many_rows):  # so that what follows is measured on kernels that are right
@@ -247,11 +257,6 @@ MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "
 MANY_WAYS = (*(way for way in MANY_ONLY if way != "finish_together"), "early")  # what counts at many rows
 
 
-def finish_of(how: How) -> str:
-    """Name the way in which a frame adds up what splits leave, as `finishes` does."""
-    return "" if not how.finish_within else "finish_together" if how.finish_together else "finish_within"
-
-
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
@@ -264,10 +269,8 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
             title = f"without {key}" if switches[key] else f"with {key}"
             more[title] = replace(how, **{key: not switches[key]})
         if many:
-            together = not (how.finish_within and how.finish_together)
-            title = f"with finish_within {'and' if together else 'without'} finish_together"
-            more[title] = replace(how, finish_within=True, finish_together=together)
-        more = {title: way for title, way in more.items() if way == how or finish_of(way) not in check.wrong_ways}
+            more[TOGETHER] = replace(how, finish_within=True, finish_together=True)
+        more = {title: way for title, way in more.items() if title not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
