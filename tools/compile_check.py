@@ -1,6 +1,6 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1] [--switch finish_within,finish_together]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
 kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-SAID = ("KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST")
+SAID = (
+    "KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST", "WITHIN", "TOGETHER",
+)  # fmt: skip
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",
@@ -109,11 +112,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,8,12,24,32,64")
     parser.add_argument("--layers", type=int, default=1, help="of each AR")
+    parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, comma separated")
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config
     from s2quant.export.random import s2_pro_config
     from s2quant.runtime import fused_weights, triton_linear
     from s2quant.runtime.fast import FastDecoder
+    from s2quant.runtime.fused import FusedFrame
     from tools.speed import frames
 
     compiler = Compiler()
@@ -130,7 +135,11 @@ def main() -> int:
     for model in (dense, packed):
         for batch in (int(word) for word in options.batch.split(",")):
             decoder = FastDecoder(model, batch, 1024, 1024, graphs=False, fused=True)
-            assert decoder.fused_obstacle is None, decoder.fused_obstacle
+            assert decoder.fused_obstacle is None and decoder._fused is not None, decoder.fused_obstacle
+            if options.switch:
+                how = decoder._fused.how
+                how = replace(how, **{name: not getattr(how, name) for name in options.switch.split(",")})
+                decoder._fused = FusedFrame(model, batch, 1024, decoder.max_positions, how)
             for context in (512, 1024):
                 decoder.replay((batch, context, 32))
     failed = sum(bool(fault) for fault in compiler.found.values())

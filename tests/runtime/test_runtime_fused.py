@@ -67,14 +67,19 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-@pytest.mark.parametrize(("slots", "many"), [(1, True), (12, True), (24, True), (24, False)])
+TRIALS = {"finish_within": True, "finish_together": True, "shared_shifts": True, "fixed_turns": True}
+
+
+@pytest.mark.parametrize(
+    ("slots", "off"), [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False}), (24, TRIALS)], ids=str
+)
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
-def test_frames_are_the_plain_decoder_s(checkpoint, slots, many, monkeypatch):
+def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
     from s2quant.runtime.kernels import shapes
     from s2quant.runtime.kernels.launch import MEASURED
     from tools.speed import frames
 
-    how = None if many else replace(MEASURED, many_rows=False)  # None: as the decoder launches by itself
+    how = replace(MEASURED, **off) if off else None  # None: as the decoder launches by itself
     monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)  # so that the inputs of so small a model are split too
     plain, packed = models(CHECKPOINTS[checkpoint])
     tokens = frames.forced_tokens(plain.config, 6, 1)

@@ -15,7 +15,7 @@ import torch
 from s2quant.runtime.kernels.launch import MEASURED
 
 SHARES = {  # seconds of 360 that a part may take; what one leaves is there for those after it
-    "bandwidth": 6, "compile": 45, "kernels": 21, "exact": 42, "frames": 40, "variants": 25, "tune": 47, "settle": 80,
+    "bandwidth": 6, "compile": 45, "kernels": 33, "exact": 42, "frames": 40, "variants": 25, "tune": 35, "settle": 80,
     "profile": 10, "linears": 40,
 }  # fmt: skip
 WHOLE_S = 360
@@ -44,6 +44,7 @@ class Check:
         self.until = self.deadline = self.started + options.seconds
         self.facts: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
+        self.wrong_ways: set[str] = set()  # variants that gave wrong products
         self.how = MEASURED if options.how == "best" else as_first(MEASURED)
 
     @property

@@ -16,6 +16,7 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.export.random import s2_pro_config, tiny_config
 from s2quant.runtime.kernels import shapes
 from s2quant.runtime.kernels.choice import is_many, plan_for
+from s2quant.runtime.kernels.launch import How
 from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
 from s2quant.runtime.kernels.weights import Block
@@ -70,6 +71,10 @@ def compile_part(check: Check) -> None:
     columns = {what_differs(rows, check.how): rows for rows in ROWS[check.size]}.values()
     cases = linears.cases(sizes_of(config_of(check.size)))
     wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
+    for title, how in trials(check).items():
+        for case in cases:
+            each = {rows_of(rows): rows for rows in trial_rows(check, case, title)}.values()
+            wanted += [job for rows in each for job in linears.jobs(case, rows, False, how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
     for name in MODELS[check.size]:
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
@@ -101,23 +106,45 @@ def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
     return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
+TOGETHER = "with finish_within and finish_together"
+
+
+def trials(check: Check) -> dict[str, How]:
+    """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
+    ways = {f"with {key}": {key: True} for key in ("finish_within", "shared_shifts", "fixed_turns")}
+    ways[TOGETHER] = {"finish_within": True, "finish_together": True}
+    found = {title: replace(check.how, **ways[title]) for title in ways}
+    return {title: how for title, how in found.items() if check.how.many_rows and how != check.how}
+
+
+def trial_rows(check: Check, case: linears.Case, title: str) -> list[int]:
+    """List the numbers of rows for which a trial changes a linear."""
+    changed = not case.gated if "finish" in title else case.kind != "bf16"  # a gated pair is not split
+    return [rows for rows in ROWS[check.size] if changed and is_many(rows, check.how)]
+
+
 def kernels_part(check: Check) -> None:
-    cases = {f"{case.kind} {case.name}": case for case in linears.cases(sizes_of(config_of(check.size)))}
+    cases = linears.cases(sizes_of(config_of(check.size)))
+    named = {f"{case.kind} {case.name}": (case, "", check.how, [*ROWS[check.size]]) for case in cases}
+    for title, way in trials(check).items():
+        its = {case: trial_rows(check, case, title) for case in cases}
+        named |= {f"{case.kind} {case.name} {title}": (case, title, way, rows) for case, rows in its.items() if rows}
     right = wrong = 0
-    for name, found in check.items("kernels", list(cases)):
-        for rows in ROWS[check.size]:
+    for name, found in check.items("kernels", list(named)):
+        case, title, how, numbers = named[name]
+        for rows in numbers:
             torch.manual_seed(rows)
             row: dict[str, Any] = {"case": name, "rows": rows, "right": False}
-            case = cases[name]
-            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, check.how)})  # noqa: B023
+            check.tried(row, lambda: {"errors": linears.errors(case, rows, check.device, how)})  # noqa: B023
             row["right"] = all(value <= LIMITS[key] for key, value in row.get("errors", {"out": 9.0}).items())
-            right, wrong = right + row["right"], wrong + (not row["right"])
+            right, wrong = right + row["right"], wrong + (not row["right"] and not title)
             if not row["right"]:
                 check.say(f"WRONG {row}")
+                check.wrong_ways |= {title} - {""}
             found.append(row)
-    check.say(f"{right} of {right + wrong} products right")
+    check.say(f"{right} of {sum(len(job[3]) for job in named.values())} products right")
     if wrong and (check.how.flat or check.how.many_rows):  # so that what follows is measured on kernels that are right
-        faults = [row for row in check.facts["kernels"] if not row.get("right", True)]
+        faults = [row for row in check.facts["kernels"] if not row.get("right", True) and named[row["case"]][1] == ""]
         only_many = all(is_many(row["rows"], check.how) for row in faults)
         check.how = replace(check.how, many_rows=False) if only_many else as_first(check.how)
         check.facts.setdefault("kernels_wrong", []).extend(faults)
@@ -226,7 +253,8 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_WAYS = ("many_rows", "long_stretches", "early")  # what counts at many rows; at few only the last does
+MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "fixed_turns", "long_stretches")
+MANY_WAYS = (*(way for way in MANY_ONLY if way != "finish_together"), "early")  # what counts at many rows
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
@@ -235,11 +263,14 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
         how, many = for_model(check.how, name), batch > 16
         switches = {key: value for key, value in vars(how).items() if isinstance(value, bool)}
-        chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_WAYS[:2])]
+        chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
         for key in chosen:
             title = f"without {key}" if switches[key] else f"with {key}"
             more[title] = replace(how, **{key: not switches[key]})
+        if many:
+            more[TOGETHER] = replace(how, finish_within=True, finish_together=True)
+        more = {title: way for title, way in more.items() if title not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)

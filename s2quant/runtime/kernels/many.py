@@ -15,7 +15,7 @@ element changes its thread. Each of these products wants its inputs of x side by
 which whoever makes x has to write them.
 
 What follows a product is what follows it in the kernel of few rows. Where there are too few blocks of outputs to keep a
-GPU busy, the inputs are split too, and a second, small kernel adds the parts up, always in the same order.
+GPU busy, the inputs are split too, and the parts are added up as `s2quant.runtime.kernels.finish` says.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, begin, early_options, wait
+from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, WHOLE, finish_kernel, finish_within, put, reciprocal
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
-
-CHUNK = 512  # outputs that a program of `finish_kernel` adds up
-MOST_SQUARES = 32  # partial sums of squares that are read at a time
 
 
 def rows_of(num_rows: int) -> int:
@@ -78,61 +76,40 @@ def bits_into(raw, MASK: tl.constexpr, WITH: tl.constexpr, DEVICE: tl.constexpr)
 
 @triton.jit
 def unpacked(
-    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, DEVICE: tl.constexpr
+    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, SHARED: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """Unpack the codes that begin at bit AT: words [T, 64 BITS], scale [T, 8, G] -> bf16 [8 T, 8 BITS]."""
+    """Unpack the codes that begin at bit AT: words [T, 64 BITS], scale [T, 8, G] -> bf16 [8 T, 8 BITS].
+
+    A code becomes part of the fraction of a float32 of exponent 23 - TO, so 2^(23 - TO) + code, wherever it stands in
+    the fraction. From bit 8 on 2^(23 - TO) + middle times a scale of 11 bits is exact too. So codes need not all be
+    moved to one bit: with SHARED three shifts of a word serve all its codes, else nearly each has its own.
+    """
     INPUTS: tl.constexpr = 8 * BITS
-    TOP: tl.constexpr = 16 if BITS == 4 else 15  # the code's lowest bit in the fraction of a float32
-    if AT < TOP:
-        raw = words << (TOP - AT)
+    TO: tl.constexpr = 8 + AT % 8 if SHARED else 16 if BITS == 4 else 15
+    if AT < TO:
+        raw = words << (TO - AT)
+    elif AT > TO:
+        raw = words >> (AT - TO)
     else:
-        raw = words >> (AT - TOP)
-    if BITS == 4:  # 128 + code
-        wide = bits_into(raw, 0x000F0000, 0x43000000, DEVICE)
-        middle = scale * 136
+        raw = words
+    EXPONENT: tl.constexpr = (150 - TO) << 23
+    MIDDLE: tl.constexpr = (1 << (23 - TO)) + (1 << (BITS - 1))
+    if BITS == 4:
+        wide = bits_into(raw, 15 << TO, EXPONENT, DEVICE)
         wide = tl.permute(tl.reshape(wide, (T, 2, 8, 4, 2, 2)), (0, 2, 1, 4, 3, 5))  # tile g half q t s
-    else:  # 256 + code; its highest bit is stored inverted
-        wide = bits_into(raw, 0x007F8000, 0x43C00000, DEVICE)
-        middle = scale * 384
+    else:  # its highest bit is stored inverted
+        wide = bits_into(raw, 255 << TO, EXPONENT | (128 << TO), DEVICE)
         wide = tl.permute(tl.reshape(wide, (T, 4, 8, 4, 2, 2)), (0, 2, 1, 4, 3, 5))  # tile g q s t n
     wide = tl.reshape(wide, (T, 8, GROUPS, INPUTS // GROUPS))
-    values = wide * scale[:, :, :, None] - middle[:, :, :, None]  # all exact up to here
+    if DEVICE:
+        values = tl.fma(wide, scale[:, :, :, None], (scale * -MIDDLE)[:, :, :, None])  # all exact up to here
+    else:
+        values = (wide - MIDDLE) * scale[:, :, :, None]
     if not DEVICE:  # the interpreter only cuts off
         raw = values.to(tl.int32, bitcast=True)
         values = ((raw + 0x7FFF + ((raw >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return tl.reshape(values.to(tl.bfloat16), (8 * T, INPUTS))
-
-
-@triton.jit
-def reciprocal(squares, rows, num_rows, num_squares, eps, K: tl.constexpr, MOST: tl.constexpr):
-    """Compute the reciprocal root mean square of rows."""
-    part = tl.arange(0, MOST)
-    total = tl.zeros(rows.shape, tl.float32)
-    for start in range(0, num_squares, MOST):
-        inside = (rows < num_rows)[None, :] & (start + part < num_squares)[:, None]
-        total += tl.sum(tl.load(squares + rows[None, :] * num_squares + start + part[:, None], inside, 0.0), axis=0)
-    return 1 / tl.sqrt(total / K + eps)
-
-
-@triton.jit
-def put(
-    y, index, rows, num_rows, num_outputs, place, norm, hidden, out, RESIDUAL: tl.constexpr, PLACED: tl.constexpr
-):  # fmt: skip
-    """Write results [outputs, rows], added to the hidden vector if it is one; the sums of squares of that."""
-    there = index < num_outputs
-    inside = there[:, None] & (rows < num_rows)[None, :]
-    total = tl.zeros(rows.shape, tl.float32)
-    if RESIDUAL:
-        where = rows[None, :] * num_outputs + index[:, None]
-        y += tl.load(hidden + where, inside, 0.0)
-        tl.store(hidden + where, y, inside)
-        total += tl.sum(tl.where(inside, y * y, 0.0), axis=0)
-        y *= tl.load(norm + index, there, 0.0).to(tl.float32)[:, None]
-    target = index
-    if PLACED:
-        target = tl.load(place + index, there, 0)
-    tl.store(out + rows[None, :] * num_outputs + target[:, None], y.to(out.dtype.element_ty), inside)
-    return total
 
 
 def _name(compiled: Any) -> str:
@@ -143,11 +120,12 @@ def _name(compiled: Any) -> str:
 
 @triton.jit(do_not_specialize=["num_rows"], repr=_name)
 def many_kernel(
-    weight, second, x, place, squares_in, norm, hidden, out, squares_out, parts,
+    weight, second, x, place, squares_in, norm, hidden, out, squares_out, parts, arrived,
     num_rows, num_outputs, num_squares, eps,
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
+    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, FIXED_TURNS: tl.constexpr,
     DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
@@ -155,10 +133,14 @@ def many_kernel(
     BITS: tl.constexpr = 4 if KIND == "w4" else 8
     SPAN: tl.constexpr = 8 * T if PACKED or GATED else 16 * T  # outputs of each of the products
     INPUTS: tl.constexpr = 8 * BITS if PACKED else STEP
-    SPLIT_STEPS: tl.constexpr = (K // STEP + SPLITS - 1) // SPLITS
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = tl.program_id(1)
-    split = tl.program_id(2)
+    STEPS: tl.constexpr = K // STEP
+    SPLIT_STEPS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
+    FIXED: tl.constexpr = FIXED_TURNS and PACKED
+    AXIS: tl.constexpr = 1 if TOGETHER else 0  # programs that wait for one another stand side by side
+    row_block = tl.program_id(AXIS)
+    block = tl.program_id(AXIS + 1)
+    split = tl.program_id(0 if TOGETHER else 2)
+    rows = row_block * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, SPAN)
     k = tl.arange(0, INPUTS)
     announce(DEVICE)
@@ -172,21 +154,26 @@ def many_kernel(
         weights = weight + row[:, None] * K + k[None, :]
         seconds = second + row[:, None] * K + k[None, :]
     first = split * SPLIT_STEPS
-    last = tl.minimum(first + SPLIT_STEPS, K // STEP)
+    last = tl.minimum(first + SPLIT_STEPS, STEPS)
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
     wait(DEVICE)
-    for step in tl.range(first, last, num_stages=STAGES):
+    for turn in tl.range(0 if FIXED else first, SPLIT_STEPS if FIXED else last, num_stages=STAGES):
+        step = turn
+        if FIXED:  # ptxas overlaps products only if it sees how often the loop runs
+            step = first + turn if STEPS % SPLITS == 0 else tl.minimum(first + turn, STEPS - 1)
         if PACKED:
             words = tl.load(weights + step * (64 * BITS))
             pairs = tl.load(seconds + step * (8 * GROUPS))
+            if FIXED and STEPS % SPLITS != 0:  # turns that the last splits lack count nothing
+                pairs = tl.where(first + turn < STEPS, pairs, 0)
             low = scales_of(pairs, T, GROUPS, False, BF16)
             high = scales_of(pairs, T, GROUPS, True, BF16)
             for part in tl.static_range(128 // INPUTS):
                 inputs = tl.load(xs + (step * STEP + part * INPUTS))
-                codes = unpacked(words, low, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8, DEVICE)
+                codes = unpacked(words, low, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8, SHARED, DEVICE)
                 sums = dot(codes, inputs, sums, DEVICE)
-                codes = unpacked(words, high, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8 + BITS, DEVICE)
+                codes = unpacked(words, high, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8 + BITS, SHARED, DEVICE)
                 others = dot(codes, inputs, others, DEVICE)
         else:
             inputs = tl.load(xs + step * STEP)
@@ -202,6 +189,12 @@ def many_kernel(
         tl.store(where + index[:, None], sums, (index < num_outputs)[:, None] & real)
         if PACKED:
             tl.store(where + (index + 8)[:, None], others, (index + 8 < num_outputs)[:, None] & real)
+        if WITHIN:
+            finish_within(
+                parts, arrived, row_block, block, split, tl.num_programs(AXIS + 1), place, squares_in, norm,
+                hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
+                K, SPLITS, ROWS, 16 * T, TOGETHER, EPILOGUE == "residual", SCALED, PLACED, MOST, DEVICE,
+            )  # fmt: skip
     else:
         if SCALED:
             scale = reciprocal(squares_in, rows, num_rows, num_squares, eps, K, MOST)
@@ -215,27 +208,6 @@ def many_kernel(
             total += put(others, index + 8, rows, num_rows, num_outputs, place, norm, hidden, out, RESIDUAL, PLACED)
         if RESIDUAL:
             tl.store(squares_out + rows * tl.num_programs(1) + block, total, rows < num_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def finish_kernel(
-    parts, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
-    K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-    PLACED: tl.constexpr, MOST: tl.constexpr, DEVICE: tl.constexpr,
-):  # fmt: skip
-    """Add up the parts of CHUNK outputs of a row, and do what follows the product."""
-    rows = tl.program_id(0) + tl.arange(0, 1)
-    index = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    begin(DEVICE)
-    y = tl.zeros((CHUNK, 1), tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = parts + (split * num_rows + rows)[None, :] * num_outputs + index[:, None]
-        y += tl.load(part, (index < num_outputs)[:, None], 0.0)
-    if SCALED:
-        y *= reciprocal(squares_in, rows, num_rows, num_squares, eps, K, MOST)[None, :]
-    total = put(y, index, rows, num_rows, num_outputs, place, norm, hidden, out, RESIDUAL, PLACED)
-    if RESIDUAL:
-        tl.store(squares_out + rows * tl.num_programs(1) + tl.program_id(1), total)
 
 
 def num_blocks(weight: Weight, block: Block) -> int:
@@ -260,6 +232,7 @@ def many(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
+    arrived: Tensor | None = None,
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -273,6 +246,8 @@ def many(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for splits M N numbers; None: made here.
+        arrived: int32, a counter per block of outputs and of rows, zeros before the first product that uses them;
+            for `finish_within` only. None: made here.
     """
     rows = rows_of(num_rows)
     row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
@@ -281,6 +256,12 @@ def many(
     outputs = then.out.shape[1]
     second = weight.first if weight.second is None else weight.second
     packed = weight.kind != "bf16"
+    within = how.finish_within and block.splits > 1
+    together = within and how.finish_together
+    if within:
+        arrived = torch.zeros(row_blocks * blocks, dtype=torch.int32, device=x.device) if arrived is None else arrived
+        assert arrived.numel() >= row_blocks * blocks and arrived.dtype == torch.int32, arrived.shape
+        assert block.splits <= WHOLE.value, block
     if block.splits > 1:
         size = block.splits * num_rows * outputs
         parts = torch.empty(size, device=x.device) if parts is None else parts
@@ -299,8 +280,10 @@ def many(
         "MOST": MOST_SQUARES,
         "DEVICE": not INTERPRETED,
     }
-    _start(many_kernel, (row_blocks, blocks, block.splits), launch)(
-        *(weight.first, second.view(torch.int32) if packed else second, x, *tensors, x if parts is None else parts),
+    grid = (block.splits, row_blocks, blocks) if together else (row_blocks, blocks, block.splits)
+    _start(many_kernel, grid, launch)(
+        *(weight.first, second.view(torch.int32) if packed else second, x, *tensors),
+        *(x if tensor is None else tensor for tensor in (parts, arrived)),
         *sizes,
         KIND=weight.kind,
         BF16=second.dtype == torch.bfloat16,
@@ -312,11 +295,15 @@ def many(
         ROWS=rows,
         STAGES=block.stages,
         EPILOGUE=then.epilogue,
+        WITHIN=within,
+        TOGETHER=together,
+        SHARED=how.shared_shifts,
+        FIXED_TURNS=how.fixed_turns,
         **shared,
         num_warps=block.warps,
         **early,
     )
-    if block.splits > 1:
+    if block.splits > 1 and not within:
         _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,
