@@ -11,14 +11,33 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError  # the Rust part alone: no torch
 
 from s2quant.errors import UserError
+
+MOST_READERS = 4  # threads that read and hash side by side; each holds what it reads
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def side_by_side(work: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
+    """Do work that mostly reads and hashes, which holds no other thread up, in a few threads.
+
+    Args:
+        work: What is done with an item; an error it raises is raised here, that of the first item in order.
+        items: The items.
+
+    Returns:
+        What the work gives, in the order of the items.
+    """
+    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, items))
 
 
 def sha256_file(path: Path) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from s2quant.errors import UserError
-from s2quant.files import atomic_file, disk_errors, read_text, sha256_file
+from s2quant.files import atomic_file, disk_errors, read_text, sha256_file, side_by_side
 
 LIBRARIES = (
     "torch",
@@ -86,7 +86,8 @@ def folder_hashes(folder: Path) -> dict[str, str]:
         sha256 by file name, sorted; hidden files and the manifest are left out.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return {path.name: sha256_file(path) for path in files if path.name != "manifest.json"}
+    files = [path for path in files if path.name != "manifest.json"]
+    return dict(zip([path.name for path in files], side_by_side(sha256_file, files), strict=True))
 
 
 def manifest(stage: str, inputs: Mapping[str, Any], device: str, seed: int | None, **details: Any) -> dict[str, Any]:

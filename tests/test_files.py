@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from s2quant.files import (
     read_text,
     sha256_file,
     sha256_text,
+    side_by_side,
     write_json,
 )
 from s2quant.records import folder_hashes, git_commit, manifest, versions
@@ -156,3 +158,19 @@ def test_manifest_names_what_can_move_a_number() -> None:
     commit = git_commit()
     assert record["s2quant_commit"] == commit
     assert commit is None or len(commit.removesuffix("+dirty")) == 40
+
+
+def test_side_by_side_keeps_the_order_and_raises_the_first_error() -> None:
+    barrier = threading.Barrier(min(4, os.cpu_count() or 1))
+
+    def work(item: int) -> int:
+        if item < barrier.parties:
+            barrier.wait(10)  # they run at the same time
+        if item in (5, 7):
+            raise UserError(f"item {item}", "another", "leave it out")
+        return item * item
+
+    assert side_by_side(work, range(5)) == [0, 1, 4, 9, 16]
+    with pytest.raises(UserError, match="item 5"):
+        side_by_side(work, range(9))
+    assert side_by_side(work, []) == []

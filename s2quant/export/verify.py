@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from s2quant.checkpoint.writer import CARRIED
 from s2quant.codec import load_codec
 from s2quant.errors import UserError, VerificationError
 from s2quant.export.config_files import merged_config
-from s2quant.files import read_json, sha256_file
+from s2quant.files import read_json, sha256_file, side_by_side
 from s2quant.packing import QuantizedWeight
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.loop import dequantized_sha256
@@ -95,8 +96,8 @@ def inspect_folder(folder: Path, values: bool = True) -> Inspection:
     faults = list(found.faults)
     if not faults and values:
         checkpoint = Checkpoint(found)
-        for name in checkpoint.modules:
-            faults += _fault_of(lambda name=name: checkpoint.weight(name))
+        read = side_by_side(lambda name: _fault_of(lambda: checkpoint.weight(name)), checkpoint.modules)
+        faults += chain.from_iterable(read)
     faults += _fault_of(lambda: Tokenizer.load(folder, found.config))
     faults += _fault_of(lambda: load_codec(folder))
     return Inspection(
@@ -139,8 +140,11 @@ def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[M
         if set(hashes) != set(plan.quantized):
             faults.append(f"records of {len(hashes)} modules, {len(plan.quantized)} planned")
         faults += _against_plan(checkpoint, plan)
-        for name in checkpoint.modules:
-            faults += _weight_faults(checkpoint, original, name, hashes.get(name))
+
+        def weight_faults(name: str) -> list[str]:
+            return _weight_faults(checkpoint, original, name, hashes.get(name))
+
+        faults += chain.from_iterable(side_by_side(weight_faults, checkpoint.modules))
     if faults:
         raise VerificationError(str(folder), faults)
 
