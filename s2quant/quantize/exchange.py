@@ -24,6 +24,7 @@ from s2quant.packing import QuantizedWeight
 from s2quant.quantize.hessian import Hessian, Product
 
 T = TypeVar("T")
+Key = TypeVar("Key", int, str)
 WEIGHT_TENSORS = ("codes", "scales", "zeros", "g_idx")
 Solved = tuple[QuantizedWeight, Mapping[str, Any]]
 """A quantized linear and its record."""
@@ -145,7 +146,7 @@ class Exchange:
         if found is not None:
             raise UserError(**found) if "got" in found else VerificationError(**found)
 
-    def merge(self, mine: Mapping[int, T]) -> dict[int, T]:
+    def merge(self, mine: Mapping[Key, T]) -> dict[Key, T]:
         """Put together what all processes have.
 
         Args:
@@ -154,7 +155,7 @@ class Exchange:
         Returns:
             All parts, by key in order.
         """
-        parts: list[Mapping[int, T]] = [mine] * self.world
+        parts: list[Mapping[Key, T]] = [mine] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, mine)
         return dict(sorted(item for part in parts for item in part.items()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -32,7 +33,6 @@ from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
-from s2quant.quantize.stats import QuantStats
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import LinearSettings
 
@@ -158,13 +158,20 @@ def quantize_stage(
             _replace(stage, name, weight)
         return records
     weights, records = {}, []
-    for subset in stage.subsets:
-        chosen = {f"{stage.name}.{linear}": wanted.get(f"{stage.name}.{linear}") for linear in subset}
-        present = {name: settings for name, settings in chosen.items() if settings is not None}
-        for name, (weight, record) in _quantize_subset(stage, stream, present, plan.recipe.strict, exchange).items():
-            weights[name] = weight
-            records.append(dict(record))
-            _replace(stage, name, weight)
+    hashes: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as thread:  # hashes while the next linear is worked on
+        for subset in stage.subsets:
+            chosen = {f"{stage.name}.{linear}": wanted.get(f"{stage.name}.{linear}") for linear in subset}
+            present = {name: settings for name, settings in chosen.items() if settings is not None}
+            found = _quantize_subset(stage, stream, present, plan.recipe.strict, exchange)
+            for name, (weight, record) in found.items():
+                if exchange.owns(len(weights)):
+                    hashes[name] = thread.submit(dequantized_sha256, weight)
+                weights[name] = weight
+                records.append(dict(record))
+                _replace(stage, name, weight)
+    known = exchange.merge({name: future.result() for name, future in hashes.items()})
+    records = [record | {"dequantized_sha256": known[record["module"]]} for record in records]
     if exchange.is_first:
         store.save(stage.name, weights, records)
     return records
@@ -192,7 +199,7 @@ def _quantize_subset(
             quantized, stats = gptq_quantize(weight, hessian, settings, name, strict)
         else:
             quantized, stats = rtn, rtn_stats
-        record = _record(name, settings, stats, quantized)
+        record = {"module": name, "bits": settings.bits, "group_size": settings.group_size} | asdict(stats)
         record["output_error"] = output_error(weight, quantized, held)
         record["output_error_rtn"] = output_error(weight, rtn, held)
         record["held_rows"] = 0 if held is None else len(held)
@@ -264,11 +271,6 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, rows: Tensor | None
     inputs, dense = rows.float(), weight.float()
     difference = F.linear(inputs, quantized.dequantize(torch.float32) - dense)
     return float(difference.norm() / F.linear(inputs, dense).norm().clamp(min=1e-30))
-
-
-def _record(name: str, settings: LinearSettings, stats: QuantStats, quantized: QuantizedWeight) -> dict[str, Any]:
-    facts = asdict(stats) | {"dequantized_sha256": dequantized_sha256(quantized)}
-    return {"module": name, "bits": settings.bits, "group_size": settings.group_size} | facts
 
 
 def dequantized_sha256(weight: QuantizedWeight) -> str:
