@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from s2quant.codec import load_codec as load_codec
     from s2quant.prompt import load_tokenizer as load_tokenizer
-    from s2quant.runtime.engine import load_engine as load_engine
     from s2quant.runtime.load import load_model as load_model
+    from s2quant.runtime.loading import load_engine as load_engine
 
 __version__ = "0.1.0"
 __all__ = ["load_codec", "load_engine", "load_model", "load_tokenizer"]
 
 _HOMES = {
     "load_codec": "s2quant.codec",
-    "load_engine": "s2quant.runtime.engine",
+    "load_engine": "s2quant.runtime.loading",
     "load_model": "s2quant.runtime.load",
     "load_tokenizer": "s2quant.prompt",
 }

@@ -22,7 +22,7 @@ from s2quant.files import atomic_folder, check_new
 from s2quant.recipe import default_recipe
 from s2quant.report import write_report
 from s2quant.runtime.audio import write_wav
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 
 ROOT = Path(__file__).resolve().parent.parent

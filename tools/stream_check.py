@@ -33,7 +33,7 @@ ROOM_FRAMES = 4000  # with the prompt nearly 4096 positions: keys and values are
 LOAD = """
 import json, sys, time
 started = time.perf_counter()
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 imported = time.perf_counter()
 engine = load_engine(sys.argv[1], sys.argv[2], linears=sys.argv[3], num_slots=1, decoder="fast")

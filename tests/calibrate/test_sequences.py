@@ -20,7 +20,8 @@ from s2quant.calibrate.sequences import (
 from s2quant.errors import UserError
 from s2quant.prompt import build_prompt
 from s2quant.recipe import Calibration
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 
 LINES = [

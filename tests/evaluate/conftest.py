@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from s2quant.evaluate.tokens import TokenSequence
 from s2quant.prompt import Voice
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 
 TEXTS = ("Good morning.", "The train leaves at nine.", "Please close the door.")

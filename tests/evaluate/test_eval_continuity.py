@@ -8,7 +8,7 @@ import torch
 from s2quant.cli import main
 from s2quant.evaluate import continuity
 from s2quant.evaluate.continuity import Playback, measure_streams, play
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 from s2quant.runtime.streaming import Chunk
 

@@ -9,7 +9,8 @@ from s2quant.evaluate.generate import generate
 from s2quant.evaluate.plan import EvalOptions, make_plan
 from s2quant.evaluate.ranks import Ranks
 from s2quant.evaluate.store import Store, load_array
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 
 SLOTS = 2
 

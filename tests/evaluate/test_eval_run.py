@@ -26,6 +26,7 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.errors import UserError
 from s2quant.evaluate import run as run_module
 from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 
 EMBEDDINGS = "text_model.model.embeddings.weight"
 
@@ -293,3 +294,19 @@ def test_without_a_baseline_figures_stand_alone(listeners, same, suite, tiny_fol
     assert list(results["arms"]) == ["model"]
     assert results["verdict"]["sentence"] == "no baseline, so nothing to compare with"
     assert soundfile.info(tmp_path / "run/audio/model/utt-0-0.wav").samplerate == 44100
+
+
+def test_speech_is_made_by_the_decoder_that_the_run_names(suite, tiny_folder, tmp_path, listeners, monkeypatch):
+    seen = []
+
+    def noted(*args, **named):
+        engine = load_engine(*args, **named)
+        seen.append(engine.decoder)
+        return engine
+
+    monkeypatch.setattr(run_module, "load_engine", noted)
+    for decoder, used in (("auto", "plain"), ("fast", "fast")):
+        out = tmp_path / decoder
+        run(suite, tiny_folder, out, metrics=("failures",), limit=1, decoder=decoder)
+        assert json.loads((out / "run.json").read_text())["decoder"] == used and set(seen) == {used}
+        seen.clear()

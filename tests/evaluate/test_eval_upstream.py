@@ -158,7 +158,7 @@ def test_bench_prints_it_beside_ours(checkout, tiny_folder, tiny_quantized, tmp_
 @pytest.mark.skipif(not os.environ.get("FISH_SPEECH"), reason="needs FISH_SPEECH, a checkout, and what it imports")
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_the_real_one_finds_the_same_code(tiny_folder, mode):
-    from s2quant.runtime.engine import load_engine
+    from s2quant.runtime.loading import load_engine
     from s2quant.runtime.speech import Request
     from s2quant.sampling import Sampling
 

@@ -14,7 +14,8 @@ from s2quant.checkpoint.writer import ShardWriter, carry_files
 from s2quant.files import write_json
 from s2quant.model import DualAR, disk_name
 from s2quant.packing import pack
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.sampler import Noise
 
 

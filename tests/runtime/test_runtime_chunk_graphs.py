@@ -7,7 +7,8 @@ from s2quant.codec import CodecStream
 from s2quant.errors import UserError
 from s2quant.runtime import chunk_graphs, streaming
 from s2quant.runtime.chunk_graphs import ChunkGraphs
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request, Speech
 
 

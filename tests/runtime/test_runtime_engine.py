@@ -14,7 +14,8 @@ from s2quant.prompt import Voice
 from s2quant.runtime import decoder as decoder_module
 from s2quant.runtime import engine as engine_module
 from s2quant.runtime.decoder import Decoder
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
 

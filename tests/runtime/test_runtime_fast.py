@@ -12,8 +12,9 @@ from test_runtime_golden import expected, golden, request  # noqa: F401
 from s2quant.errors import UserError
 from s2quant.runtime import fast as fast_module
 from s2quant.runtime.decoder import Decoder
-from s2quant.runtime.engine import Engine, load_engine
+from s2quant.runtime.engine import Engine
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.sampler import AHEAD, Noise
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling

@@ -8,8 +8,8 @@ from test_runtime_linears import by_hand, int4_bound
 
 from s2quant.codec import CodecStream
 from s2quant.runtime import streaming
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.linears import make_linear
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

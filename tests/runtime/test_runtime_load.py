@@ -124,7 +124,7 @@ def test_a_dtype_is_torch_s_or_its_name(tiny_folder):
 
 @pytest.mark.parametrize("dtype", ["float8", "torch.float32", "", None, torch.int8], ids=str)
 def test_dtypes_that_are_none(tiny_folder, dtype, monkeypatch):
-    monkeypatch.setattr("s2quant.runtime.engine.open_checkpoint", lambda path: pytest.fail("read before it is refused"))
+    monkeypatch.setattr("s2quant.runtime.loading.open_checkpoint", lambda path: pytest.fail("read before refused"))
     for load in (load_model, load_engine):
         with pytest.raises(UserError, match=rf"dtype {dtype!r}[\s\S]*one of bfloat16, float32[\s\S]*do: correct"):
             load(tiny_folder, dtype=dtype)

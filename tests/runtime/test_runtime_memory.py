@@ -21,11 +21,10 @@ from s2quant.errors import OutOfMemory, UserError, is_out_of_memory
 from s2quant.export.random import tiny_config, write_random
 from s2quant.files import write_json
 from s2quant.packing import pack
-from s2quant.runtime import engine as engine_module
-from s2quant.runtime import memory
+from s2quant.runtime import loading, memory
 from s2quant.runtime.decoder import Decoder
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,7 +103,7 @@ def test_shards_are_let_go_as_they_are_read(larger, monkeypatch):
         return found
 
     monkeypatch.setattr(type(checkpoint), "tensor", noted)
-    engine_module.load_model(checkpoint)
+    loading.load_model(checkpoint)
     assert len({entry.file for entry in checkpoint.entries.values()}) >= 3
     assert max(opened) <= 2 and not checkpoint._shards
 
@@ -245,7 +244,7 @@ def test_a_lack_of_memory_in_the_codec(engine, monkeypatch, tmp_path):
 def test_a_lack_of_memory_while_loading(tiny_folder, monkeypatch):
     for name in ("load_codec", "load_model"):
         with monkeypatch.context() as patch:
-            patch.setattr(engine_module, name, lack)
+            patch.setattr(loading, name, lack)
             with pytest.raises(OutOfMemory, match="while loading"):
                 load_engine(tiny_folder)
 

@@ -8,7 +8,7 @@ from test_runtime_engine import spoken
 from s2quant.prompt import Voice
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.decoder import Decoder
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.prefix import Prefix, PrefixCache, num_held, prefix_key, read_prompt
 from s2quant.runtime.speech import Request
 

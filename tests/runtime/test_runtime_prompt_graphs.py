@@ -17,8 +17,8 @@ from s2quant.runtime import engine as engine_module
 from s2quant.runtime import fast as fast_module
 from s2quant.runtime import prompt_graphs as module
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.prompt_graphs import PromptReader, pieces
 from s2quant.runtime.speech import Request

@@ -12,8 +12,8 @@ from test_runtime_engine import spoken
 from s2quant.model import DualAR
 from s2quant.prompt import Voice
 from s2quant.runtime.decoder import Decoder
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speech import Request, Speech
 from s2quant.sampling import Sampling
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from s2quant.codec import Codec
 from s2quant.errors import UserError
 from s2quant.runtime import voices as module
-from s2quant.runtime.engine import load_engine
+from s2quant.runtime.loading import load_engine
 from s2quant.runtime.speak import SpeakOptions, speak_to
 from s2quant.runtime.voices import user_cache_folder
 

@@ -57,8 +57,8 @@ from s2quant.files import atomic_file, atomic_folder, read_json, sha256_file, wr
 from s2quant.quantize.plan import make_plan as quantize_plan
 from s2quant.recipe import load_recipe
 from s2quant.records import folder_hashes, manifest
-from s2quant.runtime.engine import load_engine
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
+from s2quant.runtime.loading import load_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "s2-mini-w4a16.yaml"

@@ -57,7 +57,8 @@ class How:
 
 
 # What is used, as measured (reports/2026-11-26-batches). Early starts win 0.14 ms of a W4A16 frame at batch 1, those of
-# its bf16 products 0.12 more; at 8 rows and more these cost time, and in a bf16 model all of them do.
+# its bf16 products 0.12 more. At 8 rows and more these cost time, and in a bf16 model all of them do: timed with the
+# block sizes before the last tuning.
 MEASURED = How(early=True)
 MEASURED_DENSE = How()
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
