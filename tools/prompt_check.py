@@ -1,6 +1,6 @@
 """Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
 
-    python tools/prompt_check.py MODEL --out FILE.json [--most 64,512] [--lengths 1,15,...] [--starts 0,7,130]
+    python tools/prompt_check.py MODEL --out FILE.json [--most 64] [--lengths 1,15,...] [--starts 0,7,130]
 
 Legend: T positions, N codebooks, C columns that may follow in speech.
 
@@ -31,10 +31,10 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.load import load_model
 from s2quant.runtime.prefix import read_prompt
-from s2quant.runtime.prompt_graphs import PromptReader, largest_piece, pieces
+from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, pieces
 from s2quant.sampling import Sampling
 
-LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64,512"
+LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64"
 PARTS = ("keys", "values", "hidden", "logits")
 LEAST, TIMES = 2**-8, 2.0  # what graphs may be apart: this, or so many times what eager readings are
 
@@ -56,6 +56,11 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - wide).square().mean().sqrt() / wide.square().mean().sqrt().clamp(min=1e-30))
 
 
+def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Say what has not the same bits, and how far it is apart."""
+    return {part: apart(ours[part], theirs[part]) for part in PARTS if not torch.equal(ours[part], theirs[part])}
+
+
 class Readings:
     """One decoder, read into in all ways."""
 
@@ -68,7 +73,7 @@ class Readings:
             generator = torch.Generator(self.decoder.device).manual_seed(slot)
             self.decoder.seat(slot, generator, Sampling(), ignore_end=True)
         self.readers: dict[int, PromptReader] = {}
-        for most in dict.fromkeys((largest_piece(self.model.slow), *options.mosts)):
+        for most in dict.fromkeys((MOST_PIECE, *options.mosts)):
             self.readers[most] = PromptReader(
                 self.model.slow,
                 self.decoder.cache,
@@ -112,6 +117,11 @@ def case(readings: Readings, count: int, start: int, repeats: int) -> dict[str, 
     eager_s = [readings.read(0, tokens, start, None) for _ in range(1 + repeats)][1:]
     eager = readings.found(0, tokens, start)
     row: dict[str, Any] = {"positions": count, "start": start, "eager_ms": 1e3 * statistics.median(eager_s)}
+    row["eager_again"] = differing(readings.found(0, tokens, start), eager)
+    readings.read(0, tokens, start, None)
+    row["eager_read_again"] = differing(readings.found(0, tokens, start), eager)
+    readings.read(2, tokens, start, None)
+    row["eager_other_slot"] = differing(readings.found(2, tokens, start), eager)
     before = decoder.cache.copy(0, start + count)
     row["graphs"] = {}
     for most, reader in readings.readers.items():
@@ -123,7 +133,8 @@ def case(readings: Readings, count: int, start: int, repeats: int) -> dict[str, 
             "first_ms": 1e3 * first_s,
             "ms": 1e3 * statistics.median(seconds),
             "apart": {part: apart(mine[part], eager[part]) for part in PARTS},
-            "same_bits": all(torch.equal(mine[part], again[part]) for part in PARTS),
+            "same_bits": not differing(again, mine),
+            "differing": differing(again, mine),
             "held_untouched": all(
                 torch.equal(one[:, :, :start], other[:, :, :start])
                 for one, other in zip(decoder.cache.copy(2, start + count), before, strict=True)
@@ -168,7 +179,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, beside what suits the model")
+    parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, tried beside the one in use")
     parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
     parser.add_argument("--starts", default=STARTS, help="positions that are there before")
     options = parser.parse_args()
@@ -177,7 +188,7 @@ def main() -> int:
     )
     readings = Readings(options, max(lengths) + max(starts) + 512)
     cuda = readings.decoder.device.type == "cuda"
-    facts: dict[str, Any] = {"model": str(options.model), "largest_piece": largest_piece(readings.model.slow)}
+    facts: dict[str, Any] = {"model": str(options.model), "largest_piece": MOST_PIECE}
     facts["reserved_bytes"] = [torch.cuda.memory_reserved()] if cuda else []
     rows: list[dict[str, Any]] = []
     for start in starts:

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.triton_linear import MOST_ROWS, TritonLinear
 
 # Nothing is read by graphs unless it is asked for, because no GPU has run them. To be measured first, by the part
 # "prompts" of tools/stream_check.py: that keys, values and logits are as near to the eager ones as those are to one
@@ -47,7 +46,7 @@ class PromptReader:
             as it has.
         captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
         pool: Gives the memory pool of the graphs, which no other stream uses.
-        most: Positions of the largest piece; None: as suits the model's linears.
+        most: Positions of the largest piece.
     """
 
     def __init__(
@@ -57,11 +56,11 @@ class PromptReader:
         context_bucket: Callable[[int], int],
         captured: bool,
         pool: Callable[[], Any] = lambda: None,
-        most: int | None = None,
+        most: int = MOST_PIECE,
     ) -> None:
         self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
         self.captured, self.pool = captured, pool
-        self.most = largest_piece(slow) if most is None else most
+        self.most = most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
             shape = (1, 1 + slow.config.num_codebooks, self.most)
@@ -159,17 +158,3 @@ def pieces(count: int, most: int) -> list[int]:
     while size < rest:
         size *= 2
     return [most] * whole + [min(size, most)]
-
-
-def largest_piece(slow: SlowAR) -> int:
-    """Choose the largest piece for a model.
-
-    Args:
-        slow: The Slow AR.
-
-    Returns:
-        Positions: where kernels read codes, as many as they do that for. More rows would make a bf16 weight for a
-        moment, which takes 100 MB of the pool and, up to some hundred rows, the time of reading the codes again.
-    """
-    packed = any(isinstance(module, TritonLinear) for module in slow.modules())
-    return MOST_ROWS if packed else MOST_PIECE

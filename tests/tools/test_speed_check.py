@@ -15,8 +15,9 @@ def check(tmp_path):
     from tools.speed.check import PARTS, Check
 
     options = argparse.Namespace(
-        out=tmp_path, only=list(PARTS), size="tiny", device="cpu", seconds=100.0, how="best", go_on=False, preload=[]
-    )
+        out=tmp_path, only=list(PARTS), size="tiny", device="cpu", seconds=100.0, how="best", go_on=False, preload=[],
+        variants="", models="",
+    )  # fmt: skip
     return Check(options)
 
 

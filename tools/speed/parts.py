@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ MODELS = {
 }
 ROWS = {"s2-pro": (1, 2, 8, 16, 17, 24, 32, 47, 64), "tiny": (1, 9, 17)}
 TUNED_ROWS = {"s2-pro": (64, 32, 1, 16), "tiny": (1,)}
+LEAST_COMPILE_S = 60
 LIMITS = {"out": 6e-3, "hidden": 1e-5, "squares": 1e-5}  # bf16 rounding of the result; float32 sums
 
 
@@ -76,14 +78,14 @@ def compile_part(check: Check) -> None:
             each = {rows_of(rows): rows for rows in trial_rows(check, case, title)}.values()
             wanted += [job for rows in each for job in linears.jobs(case, rows, False, how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
-    for name in MODELS[check.size]:
+    for name in models_of(check):
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
         for batch in batches:
             wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name))
     for name, batch, _, how in variants_of(check):
         wanted += frames.listed(model_of(check, name), batch, *sizes, how)
     if "settle" in check.options.only:  # ways that an earlier run has timed; those of this one are compiled by then
-        for name, batch in settle.FRAMES[check.size]:
+        for name, batch in settled(check):
             how = for_model(check.how, name)
             wanted += settle.jobs_of(listed_jobs(check, name, batch), check.facts.get("tune", []), how)
     for case in cases:  # what the part "linears" compares many rows with
@@ -91,7 +93,8 @@ def compile_part(check: Check) -> None:
             wanted += linears.jobs(case, rows, False, replace(check.how, many_rows=False))
     wanted = list(dict.fromkeys(wanted))
     check.say(f"{len(wanted)} kernels to compile")
-    failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), check.deadline)
+    until = max(check.deadline, time.perf_counter() + LEAST_COMPILE_S)  # listing compiles what is no linear
+    failed = linears.compile_all(wanted, min(14, os.cpu_count() or 1), until)
     check.facts["compiled"] = {"wanted": len(wanted), "not": len(failed)}
 
 
@@ -106,13 +109,15 @@ def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
     return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
-TOGETHER = "with finish_within and finish_together"
+TOGETHER = {
+    f"with {first} and {second}": {first: True, second: True}
+    for first, second in (("finish_within", "finish_together"), ("fixed_turns", "shared_shifts"))
+}
 
 
 def trials(check: Check) -> dict[str, How]:
     """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
-    ways = {f"with {key}": {key: True} for key in ("finish_within", "shared_shifts", "fixed_turns")}
-    ways[TOGETHER] = {"finish_within": True, "finish_together": True}
+    ways = {f"with {key}": {key: True} for key in ("finish_within", "shared_shifts", "fixed_turns")} | TOGETHER
     found = {title: replace(check.how, **ways[title]) for title in ways}
     return {title: how for title, how in found.items() if check.how.many_rows and how != check.how}
 
@@ -184,7 +189,7 @@ def settle_part(check: Check) -> None:
     """Keep what makes whole frames fastest, among the ways that the part "tune" found fastest by themselves."""
     residual, position = min(1024, config_of(check.size).codebook_size), 480 if check.big else 40
     tuned = check.facts.get("tune", [])
-    named = {f"{name} batch {batch}": (name, batch) for name, batch in settle.FRAMES[check.size]}
+    named = {f"{name} batch {batch}": (name, batch) for name, batch in settled(check)}
     for title, found in check.items("settle", list(named)):
         name, batch = named[title]
         model, how = model_of(check, name), for_model(check.how, name)
@@ -236,6 +241,17 @@ def linears_part(check: Check) -> None:
             check.say(str({key: round(v, 1) if isinstance(v, float) else v for key, v in row.items()}))
 
 
+def models_of(check: Check) -> list[str]:
+    """List the models that are asked for."""
+    asked = check.options.models
+    return [name for name in MODELS[check.size] if not asked or name in asked.split(",")]
+
+
+def settled(check: Check) -> list[tuple[str, int]]:
+    """List the frames of the part "settle"."""
+    return [(name, batch) for name, batch in settle.FRAMES[check.size] if name in models_of(check)]
+
+
 def model_of(check: Check, name: str) -> Any:
     """Make a model once."""
     if name in check.models:
@@ -269,14 +285,15 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
             title = f"without {key}" if switches[key] else f"with {key}"
             more[title] = replace(how, **{key: not switches[key]})
         if many:
-            more[TOGETHER] = replace(how, finish_within=True, finish_together=True)
+            more |= {title: replace(how, **both) for title, both in TOGETHER.items()}
         more = {title: way for title, way in more.items() if title not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
         found += [(name, batch, title, way) for title, way in more.items()]
-    return found
+    found = [row for row in found if row[0] in models_of(check)]
+    return [row for row in found if re.search(check.options.variants, f"{row[0]} batch {row[1]}, {row[2]}")]
 
 
 def frames_part(check: Check) -> None:
@@ -284,7 +301,7 @@ def frames_part(check: Check) -> None:
     position = 480 if check.big else 40
     wanted = [(name, batch, True) for batch in BATCHES[check.size] for name in ("w4a16", "bf16")]
     wanted += [(name, batch, True) for batch in (1, 64)[: 2 if check.big else 1] for name in ("fast8", "w8a16")]
-    wanted = [job for job in wanted if job[0] in MODELS[check.size]]
+    wanted = [job for job in wanted if job[0] in models_of(check)]
     if check.cuda:
         wanted += [("bf16", 1, False), ("bf16", 32, False)]
     named = {f"{name} batch {batch}{'' if fused else ' plain'}": (name, batch, fused) for name, batch, fused in wanted}
@@ -317,7 +334,7 @@ def variants_part(check: Check) -> None:
 
 def exact_part(check: Check) -> None:
     residual = min(1024, config_of(check.size).codebook_size)
-    names = [name for name in ("bf16", "w4a16", "fast8") if name in MODELS[check.size]]
+    names = [name for name in ("bf16", "w4a16", "fast8") if name in models_of(check)]
     prompt, forced, position, drawn = (40, 200, 300, 20) if check.big else (12, 2, 20, 1)
 
     def replayed(name: str, batch: int) -> dict[str, Any]:
@@ -345,6 +362,7 @@ def profile_part(check: Check) -> None:
     jobs = {
         f"{name} batch {batch}": (name, batch)
         for name, batch in (("w4a16", 1), ("bf16", 1), ("w4a16", 32), ("w4a16", 64), ("bf16", 64))
+        if name in models_of(check)
     }
     for title, found in check.items("profile", list(jobs)):
         name, batch = jobs[title]

@@ -19,7 +19,10 @@ from s2quant.runtime.kernels.weights import Block, Shape
 from tools.speed.linears import Job, numbers, table_key, weight_like
 
 FRAMES = {
-    "s2-pro": (("w4a16", 1), ("w8a16", 1), ("bf16", 64), ("w4a16", 64), ("w4a16", 32), ("bf16", 32)),
+    "s2-pro": (
+        *(("w4a16", 1), ("bf16", 1), ("w4a16", 64), ("w4a16", 32), ("w4a16", 8)),
+        *(("w8a16", 1), ("bf16", 64), ("bf16", 32)),
+    ),
     "tiny": (("w4a16", 1),),
 }
 GAIN = 0.002  # of a frame: what is less may be chance

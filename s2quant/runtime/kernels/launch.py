@@ -49,7 +49,7 @@ class How:
     many_rows: bool = True
     finish_within: bool = False
     finish_together: bool = False
-    shared_shifts: bool = False
+    shared_shifts: bool = True
     fixed_turns: bool = False
     long_stretches: bool = True
     best_first: bool = True
