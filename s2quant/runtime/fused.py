@@ -324,12 +324,12 @@ class FusedFrame:
             KEPT=state.noise.shape[1],
             NOISE=state.noise.shape[2],
             COLUMN=1 + config.num_codebooks,
-            **steps.draw_arguments(self.num_semantic, self.how),
+            **steps.draw_arguments(self.num_semantic, self.how, steps.SEMANTIC_WARPS),
             **steps.swap_arguments(),
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
-            **steps.options(self.how.early, 8),
+            **steps.options(self.how.early, steps.SEMANTIC_WARPS),
         )
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
@@ -359,11 +359,11 @@ class FusedFrame:
             NOISE=state.noise.shape[2],
             BEFORE=2 * (self.num_semantic + 1),
             CODEBOOKS=config.num_codebooks,
-            **steps.draw_arguments(self.residual_size, self.how),
+            **steps.draw_arguments(self.residual_size, self.how, steps.RESIDUAL_WARPS),
             LAST=code == config.num_codebooks - 1,
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
-            **steps.options(self.how.early, 4),
+            **steps.options(self.how.early, steps.RESIDUAL_WARPS),
         )
 
 

@@ -126,8 +126,8 @@ DRAWN = NAMES | {
 }  # fmt: skip
 
 
-def draw_ptx(name, candidates, warps, **constants):
-    """Compile a draw at the real size: its text, and its bytes of shared memory."""
+def draw_made(name, candidates, warps, **constants):
+    """Compile a draw at the real size, or with fewer candidates."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -142,7 +142,7 @@ def draw_ptx(name, candidates, warps, **constants):
         **steps.vector_arguments(2560, torch.empty(1)),
         "DEVICE": True,
     }
-    constants |= steps.draw_arguments(candidates, How())
+    constants |= steps.draw_arguments(candidates, How(), warps)
     source = ASTSource(
         fn=kernel,
         signature={word: "constexpr" if word in constants else DRAWN[word] for word in kernel.arg_names},
@@ -153,8 +153,30 @@ def draw_ptx(name, candidates, warps, **constants):
             if DRAWN.get(word, "").startswith("*")
         },
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+
+
+def draw_ptx(*named, **constants):
+    """Compile a draw: its text, and its bytes of shared memory."""
+    made = draw_made(*named, **constants)
     return made.asm["ptx"], made.metadata.shared
+
+
+@pytest.mark.parametrize(("warps", "candidates"), [(1, 64), (4, 200), (8, 300)])
+def test_lanes_that_hold_copies_of_the_best_are_the_last(warps, candidates):
+    """Triton 3.6 adds up wrongly where lanes or warps in the middle do: on a GPU a draw of 64 by one warp was wrong."""
+    text = draw_made("residual_kernel", candidates, warps, R=candidates, BEFORE=8, CODEBOOKS=3, LAST=False).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.linear<(.*)>$", text, re.MULTILINE))
+    used = {name for name in re.findall(r"\}\) : \(tensor<32x[fi]32, (#\w+)>\)", text) if name in layouts}
+    assert used
+    for name in used:
+        for part in ("lane", "warp"):
+            bases = [
+                int(base)
+                for base in re.findall(r"\[(\d+)\]", re.findall(rf"{part} = \[(.*?)\](?:,|$)", layouts[name])[0])
+            ]
+            holds = [base != 0 for base in bases]
+            assert holds == sorted(holds, reverse=True), (part, layouts[name])
 
 
 def test_a_draw_waits_for_nothing_but_logits_and_sorts_in_registers():

@@ -129,7 +129,7 @@ def residual(logits, uniform, samplings, best_first, warps):
         logits.to(DEVICE), uniform.to(DEVICE), *on_device(samplings), *state, columns, weights, weights[0], weights[0],
         *vectors(batch), 2,
         R=size, KEPT=KEPT, NOISE=uniform[0, 0].numel(), BEFORE=0, CODEBOOKS=CODEBOOKS, LAST=False, D_BLOCK=DIM,
-        **steps.draw_arguments(size, How(best_first=best_first)), **steps.vector_arguments(DIM, None),
+        **steps.draw_arguments(size, How(best_first=best_first), warps), **steps.vector_arguments(DIM, None),
         **steps.options(False, warps),
     )  # fmt: skip
     return columns[:, 3].cpu()
@@ -137,7 +137,7 @@ def residual(logits, uniform, samplings, best_first, warps):
 
 @kernel
 @pytest.mark.parametrize("best_first", [True, False])
-@pytest.mark.parametrize(("size", "every", "warps"), [(64, 1, 1), (1000, 7, 4), (1024, 9, 4), (20, 3, 1)])
+@pytest.mark.parametrize(("size", "every", "warps"), [(64, 1, 1), (1000, 7, 4), (1024, 9, 4), (20, 3, 1), (200, 11, 4)])
 def test_a_residual_draw_is_the_one_by_hand(size, every, warps, best_first):
     logits, samplings, generator = situations(size, every)
     uniform = torch.rand(len(logits), KEPT, CODEBOOKS - 1, size, generator=generator)
@@ -165,7 +165,7 @@ def semantic(logits, uniform, samplings, ignored, windows, best_first, warps):
         draws, columns, slow, squares, weights[0], 1e-6, weights, weights[0], weights[0], *vectors(2 * batch), 4, batch,
         1000, 1000 + size - 1,
         C=size, KEPT=KEPT, NOISE=uniform[0, 0].numel(), COLUMN=1 + CODEBOOKS, D_BLOCK=DIM, MAX_SQUARES=4,
-        **steps.draw_arguments(size - 1, How(best_first=best_first)), **steps.swap_arguments(),
+        **steps.draw_arguments(size - 1, How(best_first=best_first), warps), **steps.swap_arguments(),
         **steps.vector_arguments(DIM, None), **steps.options(False, warps),
     )  # fmt: skip
     return columns[:, 0].cpu() - 1000
@@ -173,7 +173,7 @@ def semantic(logits, uniform, samplings, ignored, windows, best_first, warps):
 
 @kernel
 @pytest.mark.parametrize("best_first", [True, False])
-@pytest.mark.parametrize(("size", "every", "warps"), [(65, 1, 1), (42, 3, 1), (4097, 13, 8), (303, 13, 4)])
+@pytest.mark.parametrize(("size", "every", "warps"), [(65, 1, 1), (42, 3, 1), (4097, 13, 8), (303, 13, 8)])
 def test_a_semantic_draw_is_the_one_by_hand(size, every, warps, best_first):
     logits, samplings, generator = situations(size, every)
     end = size - 1
@@ -203,9 +203,11 @@ def test_a_semantic_draw_is_the_one_by_hand(size, every, warps, best_first):
     assert drawn.tolist() == wanted
 
 
-@pytest.mark.parametrize(("candidates", "bits"), [(4096, 12), (1024, 10), (1000, 10), (5, 5)])
-def test_a_draw_has_no_more_candidates_than_it_needs(candidates, bits):
+@pytest.mark.parametrize(
+    ("candidates", "warps", "bits"), [(4096, 8, 12), (1024, 4, 10), (1000, 4, 10), (300, 8, 10), (5, 1, 7)]
+)
+def test_a_draw_has_no_more_candidates_than_it_needs(candidates, warps, bits):
     steps = pytest.importorskip("s2quant.runtime.kernels.steps")
     from s2quant.runtime.kernels.launch import How
 
-    assert steps.draw_arguments(candidates, How())["BITS"] == bits
+    assert steps.draw_arguments(candidates, How(), warps)["BITS"] == bits

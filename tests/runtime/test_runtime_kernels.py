@@ -268,7 +268,7 @@ def test_the_residual_draw_is_the_sampler_s(last):
         rows.top_k.to(DEVICE), first, moved["draws"], moved["positions"], columns, embeddings.to(DEVICE),
         norm.to(DEVICE), place, hidden, out, squares, 2,
         R=size, KEPT=2, NOISE=moved["noise"].shape[2], BEFORE=20, CODEBOOKS=codebooks, LAST=last, D_BLOCK=32,
-        **steps.draw_arguments(size, How()),
+        **steps.draw_arguments(size, How(), 1),
         **steps.vector_arguments(dim, place), **steps.options(False, 1),
     )  # fmt: skip
     noise = split_noise(state["noise"], 9, size)[1][torch.arange(batch), state["draws"] % 2, 1]
@@ -311,7 +311,7 @@ def test_the_semantic_draw_is_the_sampler_s():
         slow.to(DEVICE), squares_in.to(DEVICE), slow_norm.to(DEVICE), 1e-6, embeddings.to(DEVICE), norm.to(DEVICE),
         norm.to(DEVICE), hidden, out, squares, 4, batch, 1000, 77,
         C=semantic + 1, KEPT=kept, NOISE=state["noise"].shape[2], COLUMN=1 + codebooks, D_BLOCK=32, MAX_SQUARES=4,
-        **steps.draw_arguments(semantic, How()), **steps.swap_arguments(), **steps.vector_arguments(dim, None),
+        **steps.draw_arguments(semantic, How(), 1), **steps.swap_arguments(), **steps.vector_arguments(dim, None),
         **steps.options(False, 1),
     )  # fmt: skip
     noise = split_noise(state["noise"], semantic, 8)[0][torch.arange(batch), state["draws"] % kept]

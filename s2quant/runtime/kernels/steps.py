@@ -31,6 +31,9 @@ from s2quant.runtime.kernels.best import best_32, last_of, shares_of
 from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options
 from s2quant.runtime.sampler import RAS_TEMPERATURE, RAS_TOP_P, RAS_WINDOW, SMALLEST_UNIFORM
 
+SEMANTIC_WARPS, RESIDUAL_WARPS = 8, 4  # of the draws' programs
+LEAST_BITS = 7  # 2 ** 7 candidates for a warp of a draw, or more; see `draw_arguments`
+
 
 @triton.jit
 def _rounded(x, DEVICE: tl.constexpr):
@@ -327,17 +330,22 @@ def vector_arguments(dim: int, place: Tensor | None) -> dict[str, Any]:
     return {"D": dim, "PLACED": place is not None, "DEVICE": not INTERPRETED}
 
 
-def draw_arguments(candidates: int, how: How) -> dict[str, Any]:
+def draw_arguments(candidates: int, how: How, num_warps: int) -> dict[str, Any]:
     """Give the compile-time arguments of a draw.
+
+    The best 32 of few candidates would be kept twice in some lanes or warps of the middle. Triton 3.6 then reduces them
+    wrongly: its lanes disagree, and a branch on what they found ends in an illegal instruction. With LEAST_BITS
+    candidates for each warp, most of them none, only the last lanes and all warps hold copies.
 
     Args:
         candidates: Codes that may be drawn; the end is none.
         how: How to draw.
+        num_warps: Warps of the program, a power of two.
 
     Returns:
         The kernel's constants.
     """
-    bits = max(5, (candidates - 1).bit_length())  # 32 candidates are taken at once
+    bits = max(LEAST_BITS + num_warps.bit_length() - 1, (candidates - 1).bit_length())
     return {"BITS": bits, "BEST": how.best_first, "SMALLEST": SMALLEST_UNIFORM}
 
 
