@@ -38,7 +38,7 @@ def x_of(rows, in_features):
 
 @kernel
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "splits"), [(17, 1), (24, 2), (33, 1), (64, 2), (65, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(17, 1), (24, 2), (33, 1), (47, 8), (64, 2), (65, 1)])
 def test_a_product_is_stored_scaled(kind, rows, splits):
     from s2quant.runtime.kernels.many import many
     from s2quant.runtime.kernels.weights import Then
