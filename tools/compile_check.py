@@ -1,6 +1,6 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1] [--switch finish_within,finish_together]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1] [--switch shared_shifts,fixed_turns]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
 kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
@@ -29,9 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-SAID = (
-    "KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST", "WITHIN", "TOGETHER",
-)  # fmt: skip
+SAID = ("KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST")
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",

@@ -104,9 +104,7 @@ class FusedFrame:
             tiles = max(layer.out.weight.num_tiles for layer in (*self.slow.layers, *self.fast.layers))
             self.squares = [torch.zeros(rows * tiles, device=device) for _ in range(2)]
             self.begun = torch.zeros(rows, 1, device=device)  # the same of vectors that were looked up
-            parts, counters = self._most(2 * num_slots)
-            self.parts = torch.empty(parts, device=device)
-            self.arrived = torch.zeros(counters, dtype=torch.int32, device=device)
+            self.parts = torch.empty(self._most_parts(2 * num_slots), device=device)
             self.fast_positions = torch.arange(model.config.num_codebooks, device=device)
             self.scratch = [
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
@@ -154,19 +152,18 @@ class FusedFrame:
         """Give room for the sums of squares that a linear leaves, one per program and row."""
         from s2quant.runtime.kernels.choice import num_sums
 
-        parts = num_sums(linear.weight, self._plan(linear, rows), self.how)
+        parts = num_sums(linear.weight, self._plan(linear, rows))
         return self.squares[which][: rows * parts].view(rows, parts)
 
-    def _most(self, rows: int) -> tuple[int, int]:
-        """Count the numbers that linears of up to so many rows leave to be added up, and the counters for that."""
-        from s2quant.runtime.kernels.choice import num_counters, num_parts
+    def _most_parts(self, rows: int) -> int:
+        """Count the numbers that linears of up to so many rows leave to be added up."""
+        from s2quant.runtime.kernels.choice import num_parts
 
         linears = [self.slow.head, self.fast.head]
         for layer in (*self.slow.layers, *self.fast.layers):
             linears += [layer.qkv, layer.out, layer.pair, layer.down]
         sizes = {min(rows, 32), rows}  # what is cut up in another way
-        each = [(linear.weight, self._plan(linear, size), size) for linear in linears for size in sizes]
-        return max(num_parts(*one) for one in each), max(num_counters(*one, self.how) for one in each)
+        return max(num_parts(linear.weight, self._plan(linear, size), size) for linear in linears for size in sizes)
 
     def _place(self, linear: PlacedLinear, rows: int) -> Tensor | None:
         """Say where a linear wants its inputs."""
@@ -191,8 +188,7 @@ class FusedFrame:
     def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import choice
 
-        plan = self._plan(linear, rows)
-        choice.multiply(linear.weight, x, rows, then, plan, self.how, parts=self.parts, arrived=self.arrived)
+        choice.multiply(linear.weight, x, rows, then, self._plan(linear, rows), self.how, parts=self.parts)
 
     def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
         from s2quant.runtime.kernels.choice import plan_for

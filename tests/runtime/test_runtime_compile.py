@@ -99,7 +99,7 @@ def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, monkeyp
     )
     many(weight, torch.empty(64, 4096, dtype=torch.bfloat16), 64, then, block, launch=False)
     constants = {name: value for name, value in asked["many_kernel"].items() if name in many_kernel.arg_names}
-    types = NAMES | {"second": "*i32", "parts": "*fp32", "arrived": "*i32"}
+    types = NAMES | {"second": "*i32", "parts": "*fp32"}
     source = ASTSource(
         fn=many_kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in many_kernel.arg_names},

@@ -38,7 +38,7 @@ def x_of(rows, in_features):
 
 @kernel
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "splits"), [(17, 1), (24, 2), (33, 1), (64, 2), (65, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(17, 1), (24, 2), (33, 1), (47, 8), (64, 2), (65, 1)])
 def test_a_product_is_stored_scaled(kind, rows, splits):
     from s2quant.runtime.kernels.many import many
     from s2quant.runtime.kernels.weights import Then
@@ -179,67 +179,6 @@ def test_a_residual_prepares_the_next_norm(kind, splits):
     assert relative(hidden, exact) < 1e-6
     assert relative(squares.sum(1), exact.square().sum(1)) < 1e-6
     assert relative(out[:, place.long()], exact * norm.double()) < 6e-3
-
-
-WITHIN = [{"finish_within": True}, {"finish_within": True, "finish_together": True}]
-
-
-@kernel
-@pytest.mark.parametrize("way", WITHIN)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "splits"), [(17, 2), (24, 3), (47, 4), (64, 8), (65, 2)])
-def test_parts_added_up_in_the_same_launch_are_those_of_a_second_one(kind, rows, splits, way):
-    from s2quant.runtime.kernels.choice import num_counters, num_sums
-    from s2quant.runtime.kernels.finish import WHOLE
-    from s2quant.runtime.kernels.many import many
-    from s2quant.runtime.kernels.weights import Then
-
-    out_features, in_features = 144, 512  # the second block is not whole; of 8 splits some have no inputs
-    weight, _ = weight_of(kind, out_features, in_features, False)
-    block, x = block_of(weight, splits), x_of(rows, in_features)
-    place = torch.randperm(out_features, generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
-    squares = torch.randint(1, 99, (rows, 37), generator=torch.Generator().manual_seed(4))  # exact in any order
-    squares = squares.float().to(DEVICE)
-    norm = randn(out_features, seed=1).bfloat16().to(DEVICE)
-    counters = num_counters(weight, block, rows, how_of(**way))
-    assert counters == -(-rows // 64) * 2 and num_counters(weight, block, rows) == 0
-    arrived = torch.zeros(counters, dtype=torch.int32, device=DEVICE)
-    found = []
-    for how in (how_of(), how_of(**way)):
-        scaled = Then(epilogue="store", out=poisoned(rows, out_features), squares_in=squares, eps=1e-6)
-        residual = Then(
-            epilogue="residual",
-            out=poisoned(rows, out_features, dtype=torch.bfloat16),
-            place=place,
-            hidden=randn(rows, out_features).to(DEVICE),
-            norm=norm,
-            squares_out=poisoned(rows, num_sums(weight, block, how)),
-        )
-        for then in (scaled, residual):  # with the same counters, one product after the other
-            parts = poisoned(splits * rows * out_features)
-            many(weight, arranged(x, kind), rows, then, block, how, parts=parts, arrived=arrived)
-        found.append((scaled.out, residual.out, residual.hidden, residual.squares_out))
-    second, same = found
-    for number in range(3):
-        assert torch.isfinite(same[number]).all() and torch.equal(same[number], second[number])
-    assert second[3].shape[1] == 1 and same[3].shape[1] == 2
-    assert relative(same[3].sum(1), same[2].double().square().sum(1)) < 1e-6
-    assert (arrived == 2 * WHOLE.value).all()  # whole: the next product counts from there
-
-
-@kernel
-@pytest.mark.parametrize("start", [0, 64 * 5, 2**31 - 64])
-def test_a_counter_may_have_counted_anything_whole(start):
-    from s2quant.runtime.kernels.many import many
-    from s2quant.runtime.kernels.weights import Then
-
-    weight, (matrix,) = weight_of("w4", 128, 256, False)
-    arrived = torch.full((1,), start, dtype=torch.int32, device=DEVICE)
-    out, x = poisoned(20, 128), x_of(20, 256)
-    then = Then(epilogue="store", out=out)
-    many(weight, arranged(x, "w4"), 20, then, block_of(weight, 2), how_of(finish_within=True), arrived=arrived)
-    assert relative(out, x[:20].double() @ rounded(matrix).T) < 1e-5
-    assert int(arrived) % 64 == 0 and int(arrived) != start
 
 
 @kernel

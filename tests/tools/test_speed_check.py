@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,10 +64,14 @@ def test_variants_leave_out_one_thing_each(check):
         if "without many_rows" in ways:
             assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches
             assert not ways["without long_stretches"].long_stretches and ways["without long_stretches"].many_rows
-            last, together = ways["with finish_within"], ways["with finish_within and finish_together"]
-            assert last.finish_within and not last.finish_together and together.finish_within
+            assert {"without shared_shifts", "with fixed_turns"} <= set(ways)
         else:
             assert not ways["without flat"].flat and ways["without flat"].live_rows
+            assert not {"without shared_shifts", "with fixed_turns"} & set(ways)
+        for way, how in ways.items():
+            if re.fullmatch(r"with(out)? \w+", way):
+                word, name = way.split()
+                assert how != ways["as used"] and how == replace(ways["as used"], **{name: word == "with"})
     assert {("w4a16", 1), ("w4a16", 64), ("bf16", 64)} <= {row[:2] for row in listed}
 
 
@@ -85,26 +91,26 @@ def test_wrong_products_of_many_rows_leave_the_other_kernel_as_it_is(check, monk
 
 def test_a_trial_that_is_wrong_is_not_timed_and_changes_nothing_else(check, monkeypatch):
     from tools.speed import linears
-    from tools.speed.parts import TOGETHER, kernels_part, trials, variants_of
+    from tools.speed.parts import kernels_part, trials, variants_of
 
     seen, before = set(), check.how
 
     def errors(case, rows, device, how):
-        seen.add((rows, how.finish_within, how.finish_together, how.shared_shifts, how.fixed_turns))
-        return {"out": 1.0 if how.finish_together else 0.0}
+        seen.add((case.kind, rows, how))
+        return {"out": 0.0 if how.shared_shifts else 1.0}
 
     monkeypatch.setattr(linears, "errors", errors)
     kernels_part(check)
-    tried = {
-        (17, how.finish_within, how.finish_together, how.shared_shifts, how.fixed_turns)
-        for how in trials(check).values()
-    }
-    assert {way for way in seen if any(way[1:])} == tried and len(tried) == 4
+    assert before.shared_shifts and not before.fixed_turns
+    shifts, turns = replace(before, shared_shifts=False), replace(before, fixed_turns=True)
+    assert trials(check) == {"without shared_shifts": shifts, "with fixed_turns": turns}
+    tried = {(kind, 17, how) for kind in ("w4", "w8") for how in (shifts, turns)}
+    assert {job for job in seen if job[2] != before} == tried
     assert check.how == before and "fell_back" not in check.facts
     titles = {row[2] for row in variants_of(check)}
-    assert {"with finish_within", "with shared_shifts", "with fixed_turns"} <= titles and TOGETHER not in titles
+    assert "with fixed_turns" in titles and "without shared_shifts" not in titles
     wrong = [row["case"] for row in check.facts["kernels"] if not row["right"]]
-    assert wrong and all(name.endswith(TOGETHER) and "w1+w3" not in name for name in wrong)
+    assert wrong and all(name.endswith(" without shared_shifts") for name in wrong)
 
 
 def test_first_ways_leave_out_all_that_came_later(check):

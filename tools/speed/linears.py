@@ -14,16 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
-from s2quant.runtime.kernels.choice import (
-    Plan,
-    is_many,
-    multiply,
-    num_counters,
-    num_parts,
-    num_sums,
-    padded_rows,
-    plan_for,
-)
+from s2quant.runtime.kernels.choice import Plan, is_many, multiply, num_parts, num_sums, padded_rows, plan_for
 from s2quant.runtime.kernels.launch import MEASURED, How
 from s2quant.runtime.kernels.layout import arranged, pack, pair
 from s2quant.runtime.kernels.linear import columns_for
@@ -124,7 +115,7 @@ def make(case: Case, device: torch.device) -> Made:
     return Made(weight=weight, matrices=[matrix[:rows].float() for matrix in stored])
 
 
-def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.device, how: How) -> Then:
+def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.device) -> Then:
     """Make what follows a linear, its outputs poisoned."""
     outputs = case.out_features // 2 if case.gated else case.out_features
     poison = float("nan")
@@ -137,14 +128,9 @@ def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.de
         squares_in=case.in_features * (0.5 + torch.rand(rows, squares, device=device)) / squares if scaled else None,
         hidden=None if scaled else torch.randn(rows, outputs, device=device),
         norm=None if scaled else torch.rand(outputs, device=device).bfloat16(),
-        squares_out=None if scaled else torch.full((rows, num_sums(weight, plan, how)), poison, device=device),
+        squares_out=None if scaled else torch.full((rows, num_sums(weight, plan)), poison, device=device),
         eps=1e-6 if scaled else 0.0,
     )
-
-
-def counters(weight: Weight, plan: Plan, rows: int, device: torch.device, how: How) -> Tensor:
-    """Make the counters of arrivals that a linear needs."""
-    return torch.zeros(num_counters(weight, plan, rows, how), dtype=torch.int32, device=device)
 
 
 def errors(case: Case, rows: int, device: torch.device, how: How = MEASURED) -> dict[str, float]:
@@ -153,14 +139,13 @@ def errors(case: Case, rows: int, device: torch.device, how: How = MEASURED) -> 
     plan = plan_for(made.weight, rows, how)
     x = torch.zeros(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
     x[:rows] = torch.randn(rows, case.in_features, device=device)
-    then = then_for(case, made.weight, rows, plan, device, how)
+    then = then_for(case, made.weight, rows, plan, device)
     before = None if then.hidden is None else then.hidden.double()
     many = isinstance(plan, Block)
     ordered = arranged(x, case.kind) if many else x
     parts = torch.full((num_parts(made.weight, plan, rows),), float("nan"), device=device)
-    arrived = counters(made.weight, plan, rows, device, how)
     synchronize(device)  # a kernel that starts early reads its weights before it waits
-    multiply(made.weight, ordered, rows, then, plan, how, parts=parts, arrived=arrived)
+    multiply(made.weight, ordered, rows, then, plan, how, parts=parts)
     matrices = [matrix.bfloat16() if many else matrix for matrix in made.matrices]  # many rows: rounded once
     exact = [x[:rows].double() @ matrix.double().T for matrix in matrices]
     if then.squares_in is not None:
@@ -207,19 +192,18 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 def seconds_of(case: Case, weights: list[Weight], rows: int, plan: Plan, device: torch.device, how: How) -> float:
     """Time one product, in a row of others with other weights."""
     x = torch.randn(padded_rows(rows), case.in_features, device=device).bfloat16()
-    then = then_for(case, weights[0], rows, plan, device, how)
+    then = then_for(case, weights[0], rows, plan, device)
     parts = torch.empty(num_parts(weights[0], plan, rows), device=device)
-    arrived = counters(weights[0], plan, rows, device, how)
     if then.hidden is not None:
         then.hidden.zero_()
 
     def body() -> None:
         for weight in weights:
-            multiply(weight, x, rows, then, plan, how, parts=parts, arrived=arrived)
+            multiply(weight, x, rows, then, plan, how, parts=parts)
 
     if device.type != "cuda":
         started = time.perf_counter()
-        multiply(weights[0], x, rows, then, plan, how, parts=parts, arrived=arrived)
+        multiply(weights[0], x, rows, then, plan, how, parts=parts)
         return time.perf_counter() - started
     return replayed(captured(body)) / len(weights)
 
@@ -273,7 +257,7 @@ def compile_one(case: Case, rows: int, plan: Plan, how: How) -> None:
         gated=case.gated,
     )
     x = torch.empty(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
-    then = then_for(case, weight, rows, plan, device, how)
+    then = then_for(case, weight, rows, plan, device)
     multiply(weight, x, rows, then, plan, how, launch=False)
 
 

@@ -73,9 +73,9 @@ def compile_part(check: Check) -> None:
     columns = {what_differs(rows, check.how): rows for rows in ROWS[check.size]}.values()
     cases = linears.cases(sizes_of(config_of(check.size)))
     wanted = [job for case in cases for rows in columns for job in linears.jobs(case, rows, False, check.how)]
-    for title, how in trials(check).items():
+    for how in trials(check).values():
         for case in cases:
-            each = {rows_of(rows): rows for rows in trial_rows(check, case, title)}.values()
+            each = {rows_of(rows): rows for rows in trial_rows(check, case)}.values()
             wanted += [job for rows in each for job in linears.jobs(case, rows, False, how)]
     sizes = (480, min(1024, config_of(check.size).codebook_size))
     for name in models_of(check):
@@ -109,30 +109,27 @@ def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
     return ("many", rows_of(rows)) if is_many(rows, how) else (columns_for(rows), rows < 8)
 
 
-TOGETHER = {
-    f"with {first} and {second}": {first: True, second: True}
-    for first, second in (("finish_within", "finish_together"), ("fixed_turns", "shared_shifts"))
-}
+def switched(how: How, key: str) -> tuple[str, How]:
+    """Switch one part of how kernels are launched: its title, and the way with that part the other way round."""
+    on = getattr(how, key)
+    return f"without {key}" if on else f"with {key}", replace(how, **{key: not on})
 
 
 def trials(check: Check) -> dict[str, How]:
     """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
-    ways = {f"with {key}": {key: True} for key in ("finish_within", "shared_shifts", "fixed_turns")} | TOGETHER
-    found = {title: replace(check.how, **ways[title]) for title in ways}
-    return {title: how for title, how in found.items() if check.how.many_rows and how != check.how}
+    return dict(switched(check.how, key) for key in ("shared_shifts", "fixed_turns")) if check.how.many_rows else {}
 
 
-def trial_rows(check: Check, case: linears.Case, title: str) -> list[int]:
-    """List the numbers of rows for which a trial changes a linear."""
-    changed = not case.gated if "finish" in title else case.kind != "bf16"  # a gated pair is not split
-    return [rows for rows in ROWS[check.size] if changed and is_many(rows, check.how)]
+def trial_rows(check: Check, case: linears.Case) -> list[int]:
+    """List the numbers of rows for which trials change a linear: only in packed ones, whose codes are unpacked."""
+    return [rows for rows in ROWS[check.size] if case.kind != "bf16" and is_many(rows, check.how)]
 
 
 def kernels_part(check: Check) -> None:
     cases = linears.cases(sizes_of(config_of(check.size)))
     named = {f"{case.kind} {case.name}": (case, "", check.how, [*ROWS[check.size]]) for case in cases}
     for title, way in trials(check).items():
-        its = {case: trial_rows(check, case, title) for case in cases}
+        its = {case: trial_rows(check, case) for case in cases}
         named |= {f"{case.kind} {case.name} {title}": (case, title, way, rows) for case, rows in its.items() if rows}
     right = wrong = 0
     for name, found in check.items("kernels", list(named)):
@@ -269,8 +266,8 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_ONLY = ("many_rows", "finish_within", "finish_together", "shared_shifts", "fixed_turns", "long_stretches")
-MANY_WAYS = (*(way for way in MANY_ONLY if way != "finish_together"), "early")  # what counts at many rows
+MANY_ONLY = ("many_rows", "shared_shifts", "fixed_turns", "long_stretches")
+MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
@@ -278,14 +275,10 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     found = []
     for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
         how, many = for_model(check.how, name), batch > 16
-        switches = {key: value for key, value in vars(how).items() if isinstance(value, bool)}
+        switches = [key for key, value in vars(how).items() if isinstance(value, bool)]
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
-        for key in chosen:
-            title = f"without {key}" if switches[key] else f"with {key}"
-            more[title] = replace(how, **{key: not switches[key]})
-        if many:
-            more |= {title: replace(how, **both) for title, both in TOGETHER.items()}
+        more |= dict(switched(how, key) for key in chosen)
         more = {title: way for title, way in more.items() if title not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch

@@ -65,22 +65,19 @@ def padded_rows(num_rows: int) -> int:
     return max(padded_few(num_rows), -(-num_rows // whole) * whole if num_rows >= FEWEST_MANY else 0)
 
 
-def num_sums(weight: Weight, plan: Plan, how: How = PATIENT) -> int:
+def num_sums(weight: Weight, plan: Plan) -> int:
     """Count the partial sums of squares that a residual linear leaves for each row.
 
     Args:
         weight: The weight.
         plan: How it is multiplied.
-        how: How it is launched.
 
     Returns:
         Sums per row.
     """
     if isinstance(plan, Shape):
         return weight.num_tiles // plan.tiles
-    if plan.splits == 1 or how.finish_within:
-        return num_blocks(weight, plan)
-    return -(-weight.out_features // CHUNK)
+    return num_blocks(weight, plan) if plan.splits == 1 else -(-weight.out_features // CHUNK)
 
 
 def num_parts(weight: Weight, plan: Plan, num_rows: int) -> int:
@@ -99,23 +96,6 @@ def num_parts(weight: Weight, plan: Plan, num_rows: int) -> int:
     return plan.splits * num_rows * weight.out_features
 
 
-def num_counters(weight: Weight, plan: Plan, num_rows: int, how: How = PATIENT) -> int:
-    """Count the counters of arrivals that a linear needs.
-
-    Args:
-        weight: The weight.
-        plan: How it is multiplied.
-        num_rows: M.
-        how: How it is launched.
-
-    Returns:
-        int32 numbers; 0 where nothing is split, or what is split is added up in another launch.
-    """
-    if isinstance(plan, Shape) or plan.splits == 1 or not how.finish_within:
-        return 0
-    return -(-num_rows // rows_of(num_rows)) * num_blocks(weight, plan)
-
-
 def multiply(
     weight: Weight,
     x: Tensor,
@@ -125,7 +105,6 @@ def multiply(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
-    arrived: Tensor | None = None,
 ) -> None:
     """Multiply as planned, and do what comes after.
 
@@ -139,9 +118,8 @@ def multiply(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for `num_parts` numbers; None: made where it is needed.
-        arrived: int32, `num_counters` or more, zeros before the first product that uses them; None: made where needed.
     """
     if isinstance(plan, Shape):
         linear(weight, x, num_rows, then, plan, how, launch)
     else:
-        many(weight, x, num_rows, then, plan, how, launch, parts, arrived)
+        many(weight, x, num_rows, then, plan, how, launch, parts)

@@ -26,12 +26,8 @@ class How:
         flat: Whether what follows a product has one element per thread, so that warps meet at one barrier, not a dozen;
             and whether a short context's attention has a warp per head.
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
-        finish_within: Whether products of many rows whose inputs are split add their parts up in the same launch
-            (`s2quant.runtime.kernels.finish`); not yet run on a GPU.
-        finish_together: With `finish_within`: whether all programs of a block of outputs do so, each for some of the
-            rows, not only the last to arrive.
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
-            not yet run on a GPU.
+            used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64.
         fixed_turns: Whether the loop of packed products of many rows runs equally often in every split, a number known
             when it is compiled; not yet run on a GPU.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
@@ -47,8 +43,6 @@ class How:
     narrow: bool = True
     flat: bool = True
     many_rows: bool = True
-    finish_within: bool = False
-    finish_together: bool = False
     shared_shifts: bool = True
     fixed_turns: bool = False
     long_stretches: bool = True

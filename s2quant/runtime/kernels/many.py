@@ -15,7 +15,7 @@ element changes its thread. Each of these products wants its inputs of x side by
 which whoever makes x has to write them.
 
 What follows a product is what follows it in the kernel of few rows. Where there are too few blocks of outputs to keep a
-GPU busy, the inputs are split too, and the parts are added up as `s2quant.runtime.kernels.finish` says.
+GPU busy, the inputs are split too, and a second launch adds the parts up (`s2quant.runtime.kernels.finish`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, WHOLE, finish_kernel, finish_within, put, reciprocal
+from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
 
@@ -120,13 +120,12 @@ def _name(compiled: Any) -> str:
 
 @triton.jit(do_not_specialize=["num_rows"], repr=_name)
 def many_kernel(
-    weight, second, x, place, squares_in, norm, hidden, out, squares_out, parts, arrived,
+    weight, second, x, place, squares_in, norm, hidden, out, squares_out, parts,
     num_rows, num_outputs, num_squares, eps,
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    WITHIN: tl.constexpr, TOGETHER: tl.constexpr, SHARED: tl.constexpr, FIXED_TURNS: tl.constexpr,
-    DEVICE: tl.constexpr,
+    SHARED: tl.constexpr, FIXED_TURNS: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
@@ -136,11 +135,9 @@ def many_kernel(
     STEPS: tl.constexpr = K // STEP
     SPLIT_STEPS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     FIXED: tl.constexpr = FIXED_TURNS and PACKED
-    AXIS: tl.constexpr = 1 if TOGETHER else 0  # programs that wait for one another stand side by side
-    row_block = tl.program_id(AXIS)
-    block = tl.program_id(AXIS + 1)
-    split = tl.program_id(0 if TOGETHER else 2)
-    rows = row_block * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
     at = tl.arange(0, SPAN)
     k = tl.arange(0, INPUTS)
     announce(DEVICE)
@@ -189,12 +186,6 @@ def many_kernel(
         tl.store(where + index[:, None], sums, (index < num_outputs)[:, None] & real)
         if PACKED:
             tl.store(where + (index + 8)[:, None], others, (index + 8 < num_outputs)[:, None] & real)
-        if WITHIN:
-            finish_within(
-                parts, arrived, row_block, block, split, tl.num_programs(AXIS + 1), place, squares_in, norm,
-                hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
-                K, SPLITS, ROWS, 16 * T, TOGETHER, EPILOGUE == "residual", SCALED, PLACED, MOST, DEVICE,
-            )  # fmt: skip
     else:
         if SCALED:
             scale = reciprocal(squares_in, rows, num_rows, num_squares, eps, K, MOST)
@@ -232,7 +223,6 @@ def many(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
-    arrived: Tensor | None = None,
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -246,8 +236,6 @@ def many(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for splits M N numbers; None: made here.
-        arrived: int32, a counter per block of outputs and of rows, zeros before the first product that uses them;
-            for `finish_within` only. None: made here.
     """
     rows = rows_of(num_rows)
     row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
@@ -256,12 +244,6 @@ def many(
     outputs = then.out.shape[1]
     second = weight.first if weight.second is None else weight.second
     packed = weight.kind != "bf16"
-    within = how.finish_within and block.splits > 1
-    together = within and how.finish_together
-    if within:
-        arrived = torch.zeros(row_blocks * blocks, dtype=torch.int32, device=x.device) if arrived is None else arrived
-        assert arrived.numel() >= row_blocks * blocks and arrived.dtype == torch.int32, arrived.shape
-        assert block.splits <= WHOLE.value, block
     if block.splits > 1:
         size = block.splits * num_rows * outputs
         parts = torch.empty(size, device=x.device) if parts is None else parts
@@ -280,10 +262,8 @@ def many(
         "MOST": MOST_SQUARES,
         "DEVICE": not INTERPRETED,
     }
-    grid = (block.splits, row_blocks, blocks) if together else (row_blocks, blocks, block.splits)
-    _start(many_kernel, grid, launch)(
-        *(weight.first, second.view(torch.int32) if packed else second, x, *tensors),
-        *(x if tensor is None else tensor for tensor in (parts, arrived)),
+    _start(many_kernel, (row_blocks, blocks, block.splits), launch)(
+        *(weight.first, second.view(torch.int32) if packed else second, x, *tensors, x if parts is None else parts),
         *sizes,
         KIND=weight.kind,
         BF16=second.dtype == torch.bfloat16,
@@ -295,15 +275,13 @@ def many(
         ROWS=rows,
         STAGES=block.stages,
         EPILOGUE=then.epilogue,
-        WITHIN=within,
-        TOGETHER=together,
         SHARED=how.shared_shifts,
         FIXED_TURNS=how.fixed_turns,
         **shared,
         num_warps=block.warps,
         **early,
     )
-    if block.splits > 1 and not within:
+    if block.splits > 1:
         _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,
