@@ -83,24 +83,6 @@ def test_shared_shifts_unpack_the_same_numbers(kind, group_size):
     assert relative(found[0], x_of(64, 256)[:64].double() @ rounded(matrix).T) < 1e-5
 
 
-@kernel
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("splits", "in_features"), [(1, 256), (2, 512), (2, 384), (3, 512)])
-def test_turns_that_a_split_lacks_count_nothing(kind, splits, in_features):
-    from s2quant.runtime.kernels.many import many
-    from s2quant.runtime.kernels.weights import Then
-
-    weight, (matrix,) = weight_of(kind, 144, in_features, False)
-    x = x_of(20, in_features)
-    found = []
-    for fixed in (False, True):
-        out, how = poisoned(20, 144), how_of(fixed_turns=fixed)
-        many(weight, arranged(x, kind), 20, Then(epilogue="store", out=out), block_of(weight, splits), how)
-        found.append(out)
-    assert torch.equal(*found)
-    assert relative(found[1], x[:20].double() @ rounded(matrix).T) < 1e-5
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_all_of_unpacking_is_exact_in_float32_up_to_its_rounding(bits):
     """2^(23 - TO) + middle, times a scale of 11 bits, has to fit into 24 for every TO: 8 and 12, or 8."""

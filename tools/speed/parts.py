@@ -117,7 +117,7 @@ def switched(how: How, key: str) -> tuple[str, How]:
 
 def trials(check: Check) -> dict[str, How]:
     """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
-    return dict(switched(check.how, key) for key in ("shared_shifts", "fixed_turns")) if check.how.many_rows else {}
+    return dict([switched(check.how, "shared_shifts")]) if check.how.many_rows else {}
 
 
 def trial_rows(check: Check, case: linears.Case) -> list[int]:
@@ -266,7 +266,7 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_ONLY = ("many_rows", "shared_shifts", "fixed_turns", "long_stretches")
+MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
 
 
@@ -283,6 +283,8 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
         if how.early:  # the Fast AR begins with two tokens a row
             rows = 0 if batch <= how.early_dense else 2 * batch
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
+        else:
+            more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
         found += [(name, batch, title, way) for title, way in more.items()]
     found = [row for row in found if row[0] in models_of(check)]

@@ -28,8 +28,6 @@ class How:
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64.
-        fixed_turns: Whether the loop of packed products of many rows runs equally often in every split, a number known
-            when it is compiled; not yet run on a GPU.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
@@ -44,7 +42,6 @@ class How:
     flat: bool = True
     many_rows: bool = True
     shared_shifts: bool = True
-    fixed_turns: bool = False
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 4

@@ -125,7 +125,7 @@ def many_kernel(
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    SHARED: tl.constexpr, FIXED_TURNS: tl.constexpr, DEVICE: tl.constexpr,
+    SHARED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
@@ -134,7 +134,6 @@ def many_kernel(
     INPUTS: tl.constexpr = 8 * BITS if PACKED else STEP
     STEPS: tl.constexpr = K // STEP
     SPLIT_STEPS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
-    FIXED: tl.constexpr = FIXED_TURNS and PACKED
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     split = tl.program_id(2)
@@ -155,15 +154,10 @@ def many_kernel(
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
     wait(DEVICE)
-    for turn in tl.range(0 if FIXED else first, SPLIT_STEPS if FIXED else last, num_stages=STAGES):
-        step = turn
-        if FIXED:  # ptxas overlaps products only if it sees how often the loop runs
-            step = first + turn if STEPS % SPLITS == 0 else tl.minimum(first + turn, STEPS - 1)
+    for step in tl.range(first, last, num_stages=STAGES):
         if PACKED:
             words = tl.load(weights + step * (64 * BITS))
             pairs = tl.load(seconds + step * (8 * GROUPS))
-            if FIXED and STEPS % SPLITS != 0:  # turns that the last splits lack count nothing
-                pairs = tl.where(first + turn < STEPS, pairs, 0)
             low = scales_of(pairs, T, GROUPS, False, BF16)
             high = scales_of(pairs, T, GROUPS, True, BF16)
             for part in tl.static_range(128 // INPUTS):
@@ -276,7 +270,6 @@ def many(
         STAGES=block.stages,
         EPILOGUE=then.epilogue,
         SHARED=how.shared_shifts,
-        FIXED_TURNS=how.fixed_turns,
         **shared,
         num_warps=block.warps,
         **early,
