@@ -5,8 +5,8 @@
 Makes a bf16 checkpoint of random weights of the real size under --work (11 GB) and a W4A16 one of the release's recipe
 (6 GB; rounded to nearest, with a random act order that w1 and w3 share: the time does not depend on the numbers). All
 else is done by `s2quant` commands in processes of their own, so that a part that fails or is out of memory loses
-nothing else. The part "prompts", only where it is asked for, reads prompts by graphs: checks them, and times first
-sounds with and without; `--prompt-graphs` lets the other parts' benches read so too. Writes DIR/stream.json after every
+nothing else. The part "prompts", only where it is asked for, checks prompts read by graphs, and times first sounds
+without graphs, with those of prompts, and with those of the codec too, as is usual. Writes DIR/stream.json after every
 part, and what each command printed beside it. Folders that are there are used again. `--size tiny --device cpu` tries
 the script itself.
 """
@@ -29,6 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 PARTS = ("folders", "tests", "load", "bench", "memory", "against")
 RECIPES = {"s2-pro": "s2-pro-w4a16.yaml", "tiny": "tiny-w4a16.yaml"}
+FIRST = {
+    "first-eager": ("--no-prompt-graphs", "--no-codec-graphs"),
+    "first-prompt-graphs": ("--prompt-graphs", "--no-codec-graphs"),
+    "first-graphs": ("--prompt-graphs",),  # the codec's by themselves, on a GPU
+}
 ROOM_FRAMES = 4000  # with the prompt nearly 4096 positions: keys and values are there for all of them
 LOAD = """
 import json, sys, time
@@ -76,8 +81,6 @@ class Check:
         """Run `s2quant bench`, its files under DIR/name."""
         options, arms = self.options, [part for model in models for part in ("--model", str(model))]
         decoder = ["--device", options.device, "--linears", options.linears, "--decoder", "fast", "--quiet"]
-        decoder += ["--codec-graphs"] if options.codec_graphs else []
-        decoder += ["--prompt-graphs"] if options.prompt_graphs else []
         out = ["--out", str(options.out / name)]
         return self.run(name, ["-m", "s2quant.cli", "bench", *arms, *decoder, *out, *words])
 
@@ -162,8 +165,8 @@ def prompts(check: Check) -> dict[str, Any]:
         words = ["tools/prompt_check.py", str(folder), "--out", str((options.out / f"{name}.json").resolve())]
         found[name] = check.run(name, [*words, "--device", options.device, "--linears", options.linears, *sizes])
     rounds = ("--batch", "1", "--frames", "60", "--repeats", "5" if options.size == "s2-pro" else "1")
-    for name, switch in (("first-eager", "--no-prompt-graphs"), ("first-graphs", "--prompt-graphs")):
-        found[name] = check.bench(name, [check.bf16, check.w4], *rounds, switch)
+    for name, switches in FIRST.items():
+        found[name] = check.bench(name, [check.bf16, check.w4], *rounds, *switches)
     return found
 
 
@@ -200,8 +203,6 @@ def main() -> int:
     parser.add_argument("--against", type=Path)
     parser.add_argument("--against-mode", default="both")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)},prompts")
-    parser.add_argument("--codec-graphs", action="store_true", help="give it to s2quant bench")
-    parser.add_argument("--prompt-graphs", action="store_true", help="give it to s2quant bench")
     parser.add_argument("--seconds", type=float, default=560)
     check = Check(parser.parse_args())
     for folder in (check.options.out, check.options.work):

@@ -79,7 +79,7 @@ class Engine:
             seed is the same, to the last bit, whatever is kept.
         residual_size: Entries of a residual codebook where there is no codec to say it.
         prompt_graphs: Whether the fast decoder reads prompts in padded pieces, on a GPU as graphs
-            (`s2quant.runtime.prompt_graphs`); None: as measured to be better (PROMPT_GRAPHS).
+            (`s2quant.runtime.prompt_graphs`); None: as measured to be better (PROMPT_GRAPHS), on a CUDA device.
         codec_graphs: Whether streams have chunks decoded by graphs (`s2quant.runtime.chunk_graphs`); None: as measured
             to be better (CODEC_GRAPHS), on a CUDA device.
 
@@ -111,8 +111,9 @@ class Engine:
         self.num_slots, self.decoder = num_slots, decoder_for(decoder, self.device)
         if prompt_graphs and self.decoder == "plain":
             raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
-        self.prompt_graphs = PROMPT_GRAPHS if prompt_graphs is None else prompt_graphs  # of the fast decoder
-        self.codec_graphs = CODEC_GRAPHS and self.device.type == "cuda" if codec_graphs is None else codec_graphs
+        on_cuda = self.device.type == "cuda"
+        self.prompt_graphs = PROMPT_GRAPHS and on_cuda if prompt_graphs is None else prompt_graphs  # of the fast decoder
+        self.codec_graphs = CODEC_GRAPHS and on_cuda if codec_graphs is None else codec_graphs
         self._chunk_graphs: ChunkGraphs | None = None  # captured when the first stream begins
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None

@@ -26,7 +26,7 @@ from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import fused_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
-from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS, PromptReader
+from s2quant.runtime.prompt_graphs import PromptReader
 from s2quant.runtime.sampler import (
     AHEAD,
     RAS_WINDOW,
@@ -124,7 +124,7 @@ class FastDecoder:
         residual_size: int,
         graphs: bool | None = None,
         fused: bool | None = None,
-        prompt_graphs: bool = PROMPT_GRAPHS,
+        prompt_graphs: bool = False,
     ) -> None:
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
 
-# Nothing is read by graphs unless it is asked for, because no GPU has run them. To be measured first, by the part
-# "prompts" of tools/stream_check.py: that keys, values and logits are as near to the eager ones as those are to one
-# another; the time to first audio in its three states, and that of a new process, which has to capture; the memory that
-# the pool takes, for W4A16 with 4096 positions; whether pieces of 64 or of 512 suit quantized linears.
-PROMPT_GRAPHS = False
+# Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 8 to 15 ms in place of 40 to 80
+# for up to 128 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
+# (reports/2026-11-26-first-audio, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces of
+# 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
+PROMPT_GRAPHS = True
 LEAST_PIECE = 16
 MOST_PIECE = 512
 MOST_CONTEXT = 4096  # beyond, the mask of a piece would take more memory than a graph is worth
@@ -46,7 +46,7 @@ class PromptReader:
             as it has.
         captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
         pool: Gives the memory pool of the graphs, which no other stream uses.
-        most: Positions of the largest piece.
+        most: Positions of the largest piece; None: MOST_PIECE.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class PromptReader:
         context_bucket: Callable[[int], int],
         captured: bool,
         pool: Callable[[], Any] = lambda: None,
-        most: int = MOST_PIECE,
+        most: int | None = None,
     ) -> None:
         self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
         self.captured, self.pool = captured, pool
-        self.most = most
+        self.most = MOST_PIECE if most is None else most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
             shape = (1, 1 + slow.config.num_codebooks, self.most)
@@ -145,7 +145,7 @@ def pieces(count: int, most: int) -> list[int]:
 
     Args:
         count: Positions, 1 or more.
-        most: Positions of the largest piece.
+        most: Positions of the largest piece; None: MOST_PIECE.
 
     Returns:
         Sizes in order: as many of the largest as are filled, then the smallest of LEAST_PIECE, 2 LEAST_PIECE, ... that

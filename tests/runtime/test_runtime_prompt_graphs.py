@@ -43,7 +43,9 @@ def in_pieces(monkeypatch):
     """Make fast decoders read in pieces, of 32 positions at most; give the pieces read: (size, context, start)."""
     seen, run = [], PromptReader._run
     monkeypatch.setattr(module, "MOST_PIECE", 32)
-    monkeypatch.setattr(engine_module, "PROMPT_GRAPHS", True)
+    monkeypatch.setattr(
+        engine_module, "FastDecoder", lambda *args, **named: FastDecoder(*args, **{**named, "prompt_graphs": True})
+    )
     monkeypatch.setattr(
         PromptReader, "_run", lambda self, *key: (seen.append((*key, int(self._start))), run(self, *key))[1]
     )
@@ -263,8 +265,8 @@ def test_a_long_context_is_read_the_plain_way(prompt_engine, in_pieces, monkeypa
     assert {start for *_, start in in_pieces} == {0} and len(in_pieces) == 2
 
 
-def test_it_is_off_unless_asked_for(small_models, tiny_folder, prompt_engine):
-    assert module.PROMPT_GRAPHS is False and FastDecoder(small_models["shared"], 1, 16, 256).reader is None
+def test_on_a_cpu_it_is_off_unless_asked_for(small_models, tiny_folder, prompt_engine):
+    assert module.PROMPT_GRAPHS and FastDecoder(small_models["shared"], 1, 16, 256).reader is None
     for asked in (None, True):
         engine = load_engine(tiny_folder, dtype=torch.float32, decoder="fast", prompt_graphs=asked)
         engine.speak(Request(text="Hi.", max_frames=2))

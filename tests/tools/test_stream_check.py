@@ -36,16 +36,6 @@ def test_parts_of_the_script(script, tmp_path, monkeypatch):
     assert parts["against"]["left out"] == "no --against"
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_codec_graphs_are_asked_of_bench(script, tmp_path, monkeypatch, wanted):
-    asked = []
-    monkeypatch.setattr(script.Check, "run", lambda self, name, words: asked.append(words) or {})
-    words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--only", "bench"]
-    monkeypatch.setattr(sys, "argv", ["stream_check.py", *map(str, words), *(["--codec-graphs"] if wanted else [])])
-    assert script.main() == 0
-    assert len(asked) == 1 and ("--codec-graphs" in asked[0]) == wanted
-
-
 def test_a_part_that_fails_loses_no_other(script, tmp_path, monkeypatch):
     words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu"]
     monkeypatch.setattr(script, "load", lambda check: 1 / 0)
@@ -60,9 +50,9 @@ def test_prompts_by_graphs_are_checked_and_timed(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stream_check.py", *map(str, words), "--only", "folders,prompts"])
     assert script.main() == 0
     found = json.loads((tmp_path / "out" / "stream.json").read_text())["parts"]["prompts"]
-    assert all(found[name]["status"] == 0 for name in ("prompts-bf16", "prompts-w4a16", "first-eager", "first-graphs"))
+    assert all(found[name]["status"] == 0 for name in ("prompts-bf16", "prompts-w4a16", *script.FIRST))
     checked = json.loads((tmp_path / "out" / "prompts-bf16.json").read_text())
     assert len(checked["rows"]) == 6 and not checked["faults"] and set(checked["rows"][0]["graphs"]) == {"64", "512"}
-    for name, graphs in (("first-eager", False), ("first-graphs", True)):
+    for name, graphs in (("first-eager", False), ("first-prompt-graphs", True), ("first-graphs", True)):
         bench = json.loads((tmp_path / "out" / name / "bench.json").read_text())
         assert bench["prompt_graphs"] is graphs and len(bench["first_audio"]) == 6
