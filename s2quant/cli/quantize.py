@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2quant.cli.common import add_quiet, progress
-from s2quant.errors import UserError
+from s2quant.errors import S2QuantError, UserError
 
 if TYPE_CHECKING:
     from s2quant.quantize.plan import Plan
@@ -48,23 +48,27 @@ def _quantize(options: argparse.Namespace) -> int:
     ranks = find_ranks()  # several under `accelerate launch`: they share the work
     device = ranks.device(options.device)
     exchange = join_exchange(ranks.rank, ranks.world, parse_device(device))
-    with progress(options.quiet or not ranks.is_first) as report:
-        records = quantize_checkpoint(
-            QuantizeOptions(
-                recipe=options.recipe,
-                model=options.model,
-                out=options.out,
-                device=device,
-                calibration=options.calibration,
-                resume=options.resume,
-                eval_folder=Path(__file__).resolve().parents[2] / "eval",  # beside the package, in a checkout
-                num_sequences=options.sequences,
-                num_slots=options.slots,
-                low_memory=options.low_memory,
-                exchange=exchange,
-            ),
-            report,
-        )
+    try:
+        with progress(options.quiet or not ranks.is_first) as report:
+            records = quantize_checkpoint(
+                QuantizeOptions(
+                    recipe=options.recipe,
+                    model=options.model,
+                    out=options.out,
+                    device=device,
+                    calibration=options.calibration,
+                    resume=options.resume,
+                    eval_folder=Path(__file__).resolve().parents[2] / "eval",  # beside the package, in a checkout
+                    num_sequences=options.sequences,
+                    num_slots=options.slots,
+                    low_memory=options.low_memory,
+                    exchange=exchange,
+                ),
+                report,
+            )
+    except S2QuantError:  # raised in all; after any other, NCCL's end could wait for those in a collective
+        ranks.close()
+        raise
     ranks.close()
     if not ranks.is_first:
         return 0

@@ -2,6 +2,11 @@
 
 Processes share nothing but the run's folder. Every one takes its share of the jobs and writes files of its own; they
 meet only at barriers, so no tensor ever crosses between them, and the CPU's backend is enough on any machine.
+
+The group's threads must have ended when Python does. One that still holds what the last meeting was about wants the
+interpreter's lock to let go of it; refused the lock by an interpreter that is ending, it aborts the process, whose work
+was done (https://github.com/pytorch/pytorch/issues/190489). Closing the group waits for its threads, unless something
+still refers to it.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ class Ranks:
         world: Number of processes.
         local_rank: Number of this process on its host.
         wait: Returns when every process has called it.
-        close: Ends the group.
+        close: Ends the group and its threads.
     """
 
     rank: int = 0
@@ -94,6 +99,7 @@ def find_ranks() -> Ranks:
             "the packages of s2quant[eval]",
             "pip install 's2quant[eval]', or run one process",
         ) from error
+    _import_before_joining()
     state = PartialState(cpu=True, backend="gloo", timeout=LONGEST_WAIT)  # else MPI where torch has it
     return Ranks(
         rank=state.process_index,
@@ -102,3 +108,11 @@ def find_ranks() -> Ranks:
         wait=state.wait_for_everyone,
         close=state.destroy_process_group,
     )
+
+
+def _import_before_joining() -> None:
+    """Import what takes the group that there is at that moment as a default of its functions, and keeps it for good.
+
+    Building any model imports it, by way of torch._dynamo. Before there is a group, the default is None.
+    """
+    import torch.distributed.nn.functional  # noqa: F401

@@ -16,6 +16,7 @@ TOLD = """
 import sys, time
 from pathlib import Path
 from accelerate import PartialState
+from process_cases import check_group_ended
 from s2quant.evaluate.ranks import find_ranks
 ranks = find_ranks()
 own = PartialState()
@@ -32,7 +33,9 @@ ranks.wait()
 assert (folder / "first").is_file()  # nobody went on before
 (folder / f"rank-{ranks.rank}").write_text(" ".join(map(str, ranks.share(items))) + "|" + ranks.device("cuda"))
 ranks.wait()
+import torch._dynamo  # as building a model does
 ranks.close()
+check_group_ended()
 """
 
 
@@ -62,7 +65,8 @@ def test_two_processes_agree_with_accelerate_and_wait_for_one_another(tmp_path):
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [*launch, str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,23 +13,49 @@ from s2quant.files import read_json, sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "tiny-w4a16-fast8.yaml"
+PATHS = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+RUN = """
+import sys
+from process_cases import check_group_ended
+from s2quant.cli import main
+status = main(sys.argv[1:])
+check_group_ended()
+sys.exit(status)
+"""
+
+
+def run_two(folder: Path, words: list[str]) -> tuple[list[int], list[str], list[str]]:
+    """Run `s2quant` with these words in two processes; give their exit statuses, outputs, and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, logs = [], [folder / f"stderr-{rank}" for rank in range(2)]
+    for rank, log in enumerate(logs):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in ranks.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+        environment |= {"PYTHONFAULTHANDLER": "1"}  # an abort says where
+        command = [sys.executable, "-c", RUN, *words]
+        with log.open("w") as errors:
+            one = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        processes.append(one)
+    outputs = [_wait(process) for process in processes]
+    return [process.returncode for process in processes], outputs, [log.read_text() for log in logs]
+
+
+def _wait(process: subprocess.Popen[str], limit_s: float = 300.0) -> str:
+    try:
+        return process.communicate(timeout=limit_s)[0]
+    except subprocess.TimeoutExpired:  # it may wait for days for the other
+        process.kill()
+        return process.communicate()[0]
 
 
 def test_two_processes_end_with_the_bytes_of_one(tiny_folder: Path, tmp_path: Path) -> None:
     """Both speak (eight lines are a group at two slots), both sum, both solve; the one alone keeps its stream apart."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     words = ["quantize", str(RECIPE), "--model", str(tiny_folder), "--out", str(tmp_path / "two"), "--slots", "2"]
-    processes = []
-    for rank in range(2):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in ranks.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "s2quant.cli", *words]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    statuses, outputs, errors = run_two(tmp_path, words)
+    assert statuses == [0, 0], "\n".join(error[-4000:] for error in errors)
     assert "linears quantized, verified" in outputs[0]
     assert outputs[1] == ""
     quantize_checkpoint(
@@ -44,3 +70,12 @@ def test_two_processes_end_with_the_bytes_of_one(tiny_folder: Path, tmp_path: Pa
     assert all(fact["processes"][0]["peak_host_bytes"] == fact["peak_host_bytes"] for fact in facts)
     dynamic = read_json(tmp_path / "one" / "quantize_config.json")["dynamic"]
     assert dynamic[r"+:^audio_decoder\.output$"] == {"bits": 8, "group_size": 64}
+
+
+def test_an_error_ends_both(tiny_folder: Path, tmp_path: Path) -> None:
+    """The first process finds it; the second is told, and none leaves a thread of the group behind."""
+    words = ["quantize", str(RECIPE), "--model", str(tiny_folder), "--out", str(tmp_path)]
+    statuses, outputs, errors = run_two(tmp_path, words)
+    assert statuses == [2, 2], "\n".join(error[-4000:] for error in errors)
+    assert outputs == ["", ""]
+    assert all(f"{tmp_path} exists already" in error for error in errors)
