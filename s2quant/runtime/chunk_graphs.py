@@ -23,6 +23,7 @@ from torch import Tensor
 
 from s2quant.codec import Codec, CodecStream
 from s2quant.errors import UserError
+from s2quant.runtime.captures import capture
 
 # Whether an engine on a CUDA device uses graphs unless it is told: first sound 9 ms earlier, for 44 MB
 # (reports/2026-11-26-first-audio). Graphs of later chunks would take more memory, and nobody waits for these chunks.
@@ -99,7 +100,7 @@ class ChunkGraphs:
             return program
         self.decode(program)  # libraries choose their kernels and take their work space
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(device)):  # torch's own may be elsewhere
+        with capture(graph, self._pool, torch.cuda.Stream(device)):  # torch's own may be elsewhere
             self.decode(program)
         return _Program(fresh=fresh, codes=codes, audio=audio, graph=graph)
 

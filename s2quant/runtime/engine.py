@@ -112,7 +112,7 @@ class Engine:
         if prompt_graphs and self.decoder == "plain":
             raise UserError("prompt graphs and the plain decoder", "the fast decoder", "choose it, or leave them out")
         on_cuda = self.device.type == "cuda"
-        self.prompt_graphs = PROMPT_GRAPHS and on_cuda if prompt_graphs is None else prompt_graphs  # of the fast decoder
+        self.prompt_graphs = PROMPT_GRAPHS and on_cuda if prompt_graphs is None else prompt_graphs
         self.codec_graphs = CODEC_GRAPHS and on_cuda if codec_graphs is None else codec_graphs
         self._chunk_graphs: ChunkGraphs | None = None  # captured when the first stream begins
         self.prefixes = PrefixCache(prefix_bytes)

@@ -22,6 +22,7 @@ from torch import Tensor
 from s2quant.errors import UserError
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
+from s2quant.runtime.captures import capture
 from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import fused_obstacle
@@ -300,7 +301,7 @@ class FastDecoder:
             self._frame(*key)  # warm-up: libraries choose their kernels and take their work space
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capture(graph, self._pool):
             self._frame(*key)
         for tensor, old in zip(vars(self.state).values(), before, strict=True):
             tensor.copy_(old)

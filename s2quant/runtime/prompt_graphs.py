@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
+from s2quant.runtime.captures import capture
 
 # Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 8 to 15 ms in place of 40 to 80
 # for up to 128 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
-# (reports/2026-11-26-first-audio, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces of
-# 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
+# (reports/2026-11-26-first-audio, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
+# of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
 PROMPT_GRAPHS = True
 LEAST_PIECE = 16
 MOST_PIECE = 512
@@ -126,7 +127,7 @@ class PromptReader:
         """
         self._piece(size, context)  # warm-up: libraries choose their kernels, Triton compiles and loads its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool()):
+        with capture(graph, self.pool()):
             self._piece(size, context)
         return graph
 

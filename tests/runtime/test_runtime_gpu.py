@@ -102,7 +102,7 @@ def test_int4_on_the_gpu_and_on_the_cpu_agree():
 
 
 def test_a_quantized_model_speaks_on_the_gpu(quantized_folder):
-    engine = load_engine(quantized_folder, device="cuda")
+    engine = load_engine(quantized_folder, device="cuda", linears="int4")
     speech = engine.speak(Request(text="Hello.", seed=1, max_frames=10))
     assert speech.codes.shape[0] == 10
     assert {m.backend for m in engine.model.modules() if hasattr(m, "backend")} == {"int4"}
@@ -241,10 +241,12 @@ def test_a_lack_of_memory_under_a_limit_leaves_the_engine_usable(tiny_folder, ki
     device = torch.device("cuda:0")
     engine = load_engine(tiny_folder, device=device, dtype=torch.float32, num_slots=256, decoder=kind)
     short = [Request(text=f"Number {n}.", seed=n, max_frames=20) for n in range(3)]
+    torch.cuda.reset_peak_memory_stats(device)
     fresh = {speech.index: speech.codes for speech in engine.generate(short)}
+    needed = torch.cuda.max_memory_reserved(device)
     engine.release()
     try:
-        limit_memory(device, CONTEXT_BYTES + torch.cuda.memory_reserved(device) + 200e6)
+        limit_memory(device, CONTEXT_BYTES + needed + 100e6)
         many = [Request(text="Hi.", seed=n, max_frames=4000, ignore_end=True) for n in range(256)]
         with pytest.raises(OutOfMemory, match="while speaking, up to 256"):
             next(engine.generate(many))
