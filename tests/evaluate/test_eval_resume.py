@@ -1,7 +1,6 @@
 """A killed run that goes on ends as the unbroken one does, in bfloat16, where a clip's companions move its codes."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ from run_cases import TEXTS, SpectrumModel, records, run, write_suite
 
 from s2quant.evaluate import generate as module
 from s2quant.evaluate import run as run_module
+from s2quant.evaluate.groups import GROUP_ROUNDS
 from s2quant.evaluate.store import Store
 
 MORE = {"dtype": "bfloat16", "num_slots": 2}
-SIZE = module.GROUP_ROUNDS * MORE["num_slots"]
+SIZE = GROUP_ROUNDS * MORE["num_slots"]
 WORDS = ("good", "morning", "train", "door", "rains", "nobody", "station", "nine")
 
 
