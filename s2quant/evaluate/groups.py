@@ -1,9 +1,9 @@
 """Which clips are spoken together: a clip's codes depend on who else is in progress, so this is decided by the plan.
 
-Who else is in progress can move the last bit of a sum, on a GPU above all, and so a code: in bfloat16 two clips in
-five of a small model come out otherwise in other company. Jobs are therefore spoken in groups, each by itself and as a
-whole. They are cut from all jobs of the plan, whoever speaks them, however many processes share them, and whatever a
-stopped run had done; so every clip has the companions that it has in a run that nothing stopped.
+Who else is in progress can move the last bit of a sum, on a GPU above all, and so a code: in bfloat16 many clips come
+out otherwise in other company. Jobs are therefore spoken in groups, each by itself and as a whole. They are cut from
+all jobs of the plan, whoever speaks them, however many processes share them, and whatever a stopped run had done; so
+every clip has the companions that it has in a run that nothing stopped.
 
 A group's name is the hash of its jobs and of the slots; every clip keeps the name of the group that it was spoken in.
 A plan with more or fewer utterances or seeds cuts other groups where the lists differ, and clips of a group that the
