@@ -135,8 +135,12 @@ def test_a_file_that_is_missing_has_its_group_spoken_anew_and_nothing_else(
     assert sizes == []
     (out / "audio/baseline/utt-1-0.wav").unlink()
     (out / "audio/model/utt-4-1.npy").unlink()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill(patch, "before line", SIZE)  # in its last clip, of which the go before has all files and a line
+        run(suite, tiny_quantized, out, tiny_folder, resume=True, **MORE)
+    assert len(set(codes(whole)) - set(codes(out))) == 2  # that one is not there, though all its other files are
     run(suite, tiny_quantized, out, tiny_folder, resume=True, **MORE)
-    assert sizes == [SIZE, 10 - SIZE]
+    assert sizes == [SIZE, SIZE, 10 - SIZE]
     assert_same(out, whole)
 
 
