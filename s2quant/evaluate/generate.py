@@ -1,13 +1,18 @@
 """Speak a plan: every utterance and seed of every arm, with the same voices, seeds and limits.
 
 A voice is encoded once, by the codec of the plan's first arm, and all arms read the same codes. The baseline and its
-noise floor share one engine; an arm with nothing left to do is not even loaded. What is on disk is not spoken again,
-but what failed is tried again. An utterance that cannot be spoken is a clip with its error, and never ends the run:
-when a batch breaks, its unfinished utterances are spoken one by one, and the error stays with the one that raises it.
+noise floor share one engine; an arm with nothing left to do is not even loaded.
 
-Jobs are spoken in groups, each by itself, and processes share groups, not jobs. Who else is in progress can move the
-last bit of a sum, on a GPU above all, and so a code: with groups that depend on the plan and the slots alone, a clip
-comes out alike whoever speaks it.
+Jobs are spoken in groups (`groups.py`), and processes share groups, not jobs. A group is finished as a whole or spoken
+anew as a whole, so that a run that was stopped in its middle ends with the codes of one that was not. What a group had
+done when it was stopped is lost, some seconds on a GPU: a run that is always stopped sooner does not get ahead.
+
+An utterance that cannot be spoken is a clip with its error, and never ends the run. One that is refused before
+anything is computed (its text, its voice) takes no part in its group; it is tried again with every go, but does not
+have the others spoken anew as long as it is refused. One that fails later has its whole group spoken anew in the next
+go. When a batch breaks, its unfinished utterances are spoken one by one, and the error stays with the one that raises
+it; those are alone then, not in their group's company, and in bfloat16 their codes may be others than in a run whose
+batch does not break, for want of memory say. They are equal where it breaks at the same clip.
 
 Samples that are not finite get no sound file: a clip with such samples is a failure, and no player or recognizer
 should take a repaired one for it.
@@ -16,7 +21,7 @@ should take a repaired one for it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +29,11 @@ import torch
 
 from s2quant.errors import OutOfMemory, UserError
 from s2quant.evaluate.failures import find_failures
-from s2quant.evaluate.plan import EvalPlan, Job
+from s2quant.evaluate.groups import Group, cut_groups
+from s2quant.evaluate.plan import EvalPlan, Job, Key
 from s2quant.evaluate.ranks import Ranks
 from s2quant.evaluate.store import Clip, Store, load_array, save_array, voice_id
-from s2quant.files import atomic_file
+from s2quant.files import atomic_file, sha256_file
 from s2quant.prompt import Voice
 from s2quant.runtime.audio import write_wav
 from s2quant.runtime.engine import Engine
@@ -38,7 +44,6 @@ from s2quant.suite import Utterance
 Progress = Callable[[str, int, int], None]
 """(phase, things done, things in all) -> None."""
 Loader = Callable[[], Engine]
-GROUP_ROUNDS = 4  # jobs of a group for each slot: fewer leave slots empty at its end, more leave processes idle
 SOUND_KINDS = ("repeated_codes", "long_silence", "clipping", "not_finite")
 
 
@@ -63,7 +68,7 @@ def generate(
     num_slots: int,
     progress: Progress = lambda phase, done, total: None,
 ) -> None:
-    """Speak what has not been spoken yet, this process's part of it.
+    """Speak the groups in which something is left to do, this process's part of them.
 
     Args:
         plan: The plan.
@@ -77,16 +82,16 @@ def generate(
         UserError: An engine cannot be loaded, or the disk refuses.
     """
     clips = store.clips()
+    left = [group for group in cut_groups(plan, loaders, num_slots) if _is_left(group.jobs, group, clips, store)]
     ranks.wait()  # every process has read the same before any writes
-    todo = [job for job in plan.jobs() if not _is_done(job, clips.get(job.key), store)]
-    if not todo:
+    if not left:
         return
-    mine = ranks.share([(name, group) for name in loaders for group in _groups(todo, name, num_slots)])
-    total, done = sum(len(group) for _, group in mine), 0
+    mine = ranks.share(left)
+    total, done = sum(len(group.jobs) for group in mine), 0
     engine: Engine | None = None
     for name, load in loaders.items():
         first = name == next(iter(loaders))
-        groups = [group for owner, group in mine if owner == name]
+        groups = [group for group in mine if group.engine == name]
         if groups or (first and _voices_missing(plan, store)):
             engine = load()
         if first:
@@ -96,27 +101,16 @@ def generate(
             voices = _read_voices(plan, store)
         for group in groups:
             assert engine is not None
-            for clip in speak_jobs(group, engine, plan, voices, store):
-                done += 1
-                progress(f"speaking, {clip.arm}", done, total)
+            for number, clip in enumerate(speak_group(group, engine, plan, voices, store, clips), 1):
+                progress(f"speaking, {clip.arm}", done + number, total)
+            done += len(group.jobs)
         engine = None
         release_memory()
 
 
-def _groups(jobs: Sequence[Job], engine: str, num_slots: int) -> list[Sequence[Job]]:
-    """Cut the jobs of one engine, "baseline" or "model", into groups."""
-    own = [job for job in jobs if (job.arm == "model") == (engine == "model")]
-    size = GROUP_ROUNDS * num_slots
-    return [own[start : start + size] for start in range(0, len(own), size)]
-
-
-def _is_done(job: Job, clip: Clip | None, store: Store) -> bool:
-    """Tell whether a clip is on disk, with all its files."""
-    if clip is None or clip.error is not None or not store.codes(job).is_file():
-        return False
-    if job.arm == "baseline" and not store.sequence(job).is_file():
-        return False
-    return store.wav(job).is_file() or not clip.has_audio
+def _is_left(jobs: Iterable[Job], group: Group, clips: Mapping[Key, Clip], store: Store) -> bool:
+    """Tell whether one of some jobs of a group is not done."""
+    return not all(store.has_clip(job, clips.get(job.key), group.name) for job in jobs)
 
 
 # ---- voices --------------------------------------------------------------------------------------------------------
@@ -170,15 +164,18 @@ def _read_voices(plan: EvalPlan, store: Store) -> VoiceCodes:
 # ---- clips ---------------------------------------------------------------------------------------------------------
 
 
-def speak_jobs(jobs: Sequence[Job], engine: Engine, plan: EvalPlan, voices: VoiceCodes, store: Store) -> Iterator[Clip]:
-    """Speak jobs of one engine and write what comes of them.
+def speak_group(
+    group: Group, engine: Engine, plan: EvalPlan, voices: VoiceCodes, store: Store, clips: Mapping[Key, Clip]
+) -> Iterator[Clip]:
+    """Speak a group and write what comes of it.
 
     Args:
-        jobs: The jobs.
-        engine: The engine.
+        group: The group.
+        engine: Its engine.
         plan: The plan.
         voices: The voices.
         store: Where to write.
+        clips: What was there before; nothing is spoken when it is all that can be.
 
     Yields:
         Every clip when it is on disk.
@@ -187,19 +184,28 @@ def speak_jobs(jobs: Sequence[Job], engine: Engine, plan: EvalPlan, voices: Voic
         UserError: The disk refuses.
     """
     ready: list[tuple[Job, Request]] = []
-    for job in jobs:
+    for job in group.jobs:
         try:
             request = _request(job, plan, voices)
             engine.prepare(request)
         except UserError as error:
-            yield _failed(job, error, store)
+            yield _failed(job, error, group, store)
         else:
             ready.append((job, request))
+    if not _is_left([job for job, _ in ready], group, clips, store):
+        return
+    for job, _ in ready:
+        store.remove_clip(job)
+    yield from _speak(ready, group, engine, store)
+
+
+def _speak(ready: Sequence[tuple[Job, Request]], group: Group, engine: Engine, store: Store) -> Iterator[Clip]:
+    """Speak together; when that breaks, speak each of what is left alone."""
     waiting = dict(enumerate(ready))
     try:
         for speech in engine.generate([request for _, request in ready]):
             job, request = waiting[speech.index]
-            clip = _write(job, request, speech, engine, store)
+            clip = _write(job, request, speech, group, engine, store)
             del waiting[speech.index]
             yield clip
     except (RuntimeError, OutOfMemory) as error:  # of torch: out of memory, a kernel that fails
@@ -207,11 +213,11 @@ def speak_jobs(jobs: Sequence[Job], engine: Engine, plan: EvalPlan, voices: Voic
     else:
         return
     if len(ready) == 1:
-        yield _failed(ready[0][0], reason, store)
+        yield _failed(ready[0][0], reason, group, store)
         return
     release_memory()
-    for job, _ in waiting.values():
-        yield from speak_jobs([job], engine, plan, voices, store)
+    for one in waiting.values():
+        yield from _speak([one], group, engine, store)
 
 
 def _request(job: Job, plan: EvalPlan, voices: VoiceCodes) -> Request:
@@ -231,8 +237,8 @@ def _request(job: Job, plan: EvalPlan, voices: VoiceCodes) -> Request:
     )
 
 
-def _failed(job: Job, error: Exception, store: Store) -> Clip:
-    clip = Clip(arm=job.arm, utt=job.utterance.id, seed=job.seed, error=one_sentence(error))
+def _failed(job: Job, error: Exception, group: Group, store: Store) -> Clip:
+    clip = Clip(arm=job.arm, utt=job.utterance.id, seed=job.seed, group=group.name, error=one_sentence(error))
     store.add_clip(clip)
     return clip
 
@@ -251,8 +257,8 @@ def one_sentence(error: Exception) -> str:
 
 
 @torch.inference_mode()
-def _write(job: Job, request: Request, speech: Speech, engine: Engine, store: Store) -> Clip:
-    """Decode a speech and write its files, the line about it last."""
+def _write(job: Job, request: Request, speech: Speech, group: Group, engine: Engine, store: Store) -> Clip:
+    """Decode a speech and write its files and the line about it; last its codes, without which it is not there."""
     assert engine.codec is not None
     rate = engine.codec.sample_rate
     audio = engine.decode(speech.codes)
@@ -260,7 +266,6 @@ def _write(job: Job, request: Request, speech: Speech, engine: Engine, store: St
     has_audio = len(audio) > 0 and not found.flags["not_finite"]
     if has_audio:
         write_wav(store.wav(job), audio, rate, overwrite=True)
-    save_array(store.codes(job), speech.codes)
     batches = [int(frames) for frames in speech.batch_frames]
     if job.arm == "baseline":
         parts = list(speech.codes.split(batches, dim=1)) if batches else []
@@ -269,7 +274,8 @@ def _write(job: Job, request: Request, speech: Speech, engine: Engine, store: St
         arm=job.arm,
         utt=job.utterance.id,
         seed=job.seed,
-        has_audio=has_audio,
+        group=group.name,
+        sound=sha256_file(store.wav(job)) if has_audio else None,
         num_frames=speech.codes.shape[1],
         audio_s=len(audio) / rate,
         stop_reason=speech.stop_reason,
@@ -279,4 +285,5 @@ def _write(job: Job, request: Request, speech: Speech, engine: Engine, store: St
         flags={kind: found.flags[kind] for kind in SOUND_KINDS},
     )
     store.add_clip(clip)
+    save_array(store.codes(job), speech.codes)
     return clip

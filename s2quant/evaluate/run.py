@@ -4,8 +4,10 @@
 
 Everything that can be refused is refused before anything is made: options, suite, checkpoints, recognizer, packages.
 Each step keeps what it has done, so a stopped run goes on with `--resume`, and so does one that is asked for more
-utterances, seeds or metrics. It goes on only with the same suite, checkpoints, device and dtype, on which the clips
-depend. Several processes meet between the steps; the first one does what is done once.
+utterances, seeds or metrics. It ends with the results of a run in one go: clips are kept that were spoken in the same
+company (`groups.py`), so more utterances or seeds have some spoken anew. It goes on only with the same suite,
+checkpoints, device, dtype, linears, decoder and slots, on which the clips depend. Several processes meet between the
+steps; the first one does what is done once.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.loading import load_engine
 from s2quant.runtime.memory import release_memory
 
-RUN_VERSION = 2
+RUN_VERSION = 3
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")
 SPEED_FRAMES = 64
 MAX_LISTENERS = 8  # processes of a recognizer that uses one core; about 100 MB each
@@ -76,11 +78,11 @@ def _run(options: EvalOptions, ranks: Ranks, progress: Progress) -> dict[str, An
     options = replace(options, device=ranks.device(options.device))
     parse_device(options.device)
     parse_dtype(options.dtype)
-    store = Store(folder=options.out, rank=ranks.rank)
     if ranks.is_first:
         _begin(options, plan, progress)
     ranks.wait()
     facts = read_json(options.out / "run.json")
+    store = Store(folder=options.out, rank=ranks.rank, go=facts["go"])
     backends = Backends(**facts["backends"])
     folders = _folders(options)
 
@@ -138,18 +140,23 @@ def _begin(options: EvalOptions, plan: EvalPlan, progress: Progress) -> None:
         "dtype": options.dtype,
         "linears": options.linears,
         "decoder": decoder_for(options.decoder, parse_device(options.device)),
+        "num_slots": options.num_slots,
     }
+    go = 0
     if path.is_file():
-        _check_same(read_json(path), facts, options.out)
+        before = read_json(path)
+        _check_same(before, facts, options.out)
+        go = before["go"] + 1
     if options.baseline_run is not None:
         check_shared(options.baseline_run, facts)
     facts["backends"] = {"asr": backends.asr, "similarity": backends.similarity}
     facts["arms"] = {name: _arm_facts(one) for name, one in checkpoints.items()}
+    facts["go"] = go
     with atomic_file(path, overwrite=True) as partial:
         write_json(partial, facts)
     if options.baseline_run is not None:
         progress("taking the baseline's speech", 0, 1)
-        take_baseline(options.baseline_run, plan, Store(folder=options.out))
+        take_baseline(options.baseline_run, plan, Store(folder=options.out, go=go), options.num_slots)
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
@@ -167,8 +174,8 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> No
     if faults:
         raise UserError(
             f"{out} is the run of something else:\n{shorten_list(faults)}",
-            "the same suite, checkpoints, device and dtype",
-            "name another --out",
+            "the same suite, checkpoints, device, dtype, linears, decoder and slots",
+            "go on with the options of that run, or name another --out",
         )
 
 

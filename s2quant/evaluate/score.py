@@ -1,7 +1,8 @@
 """Listen to what was spoken: transcripts, voice embeddings, and one record per clip from all that is known of it.
 
 Neither recognizer nor speaker model is in memory together with a speech model or with one another. Recognizers take
-clips in groups that depend on the plan alone, not on the number of processes or on what a stopped run had done.
+clips in groups that depend on the plan alone, not on the number of processes or on what a stopped run had done. What
+was heard is known by the hash of the sounds that were given together, so it is never taken for that of other sounds.
 
 A clip without sound, because it is empty, failed or not finite, is scored with an empty transcript: all its words are
 deleted. It has no voice: its cosines are None.
@@ -29,6 +30,7 @@ from s2quant.evaluate.text import has_tags, strip_marks
 from s2quant.evaluate.token_summary import utterance_summary
 from s2quant.evaluate.tokens import TokenDamage
 from s2quant.evaluate.wer import score
+from s2quant.files import sha256_text
 from s2quant.records import UtteranceRecord
 from s2quant.runtime.audio import read_reference
 from s2quant.runtime.memory import release_memory
@@ -37,6 +39,7 @@ from s2quant.suite import Utterance
 ASR_BATCH = 8
 PROMPT = "prompt"
 Progress = Callable[[str, int, int], None]
+_Place = tuple[str, str, int]  # (arm, utterance id, seed), or (PROMPT, voice id, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,26 +100,35 @@ def transcribe(
     """
     clips, heard = store.clips(), store.transcripts(backend)
     ranks.wait()
-    groups: list[list[Job]] = []
-    for arm in plan.arms:
-        jobs = [job for job in plan.jobs(arm) if job.key in clips and clips[job.key].has_audio]
-        for lang in sorted({job.utterance.lang for job in jobs}):
-            some = [job for job in jobs if job.utterance.lang == lang]
-            groups += [some[start : start + ASR_BATCH] for start in range(0, len(some), ASR_BATCH)]
-    mine = ranks.share([group for group in groups if any(job.key not in heard for job in group)])
+    groups = _heard_together(plan, clips)
+    mine = ranks.share(
+        [(group, given) for group, given in groups if any((job.key, given) not in heard for job in group)]
+    )
     if not mine:
         return
     asr = load()
-    total, done = sum(map(len, mine)), 0
-    for group in mine:
+    total, done = sum(len(group) for group, _ in mine), 0
+    for group, given in mine:
         sounds = [read_clip(store.wav(job)) for job in group]
         for job, text in zip(group, _hear(asr, sounds, group[0].utterance.lang), strict=True):
-            row = {"arm": job.arm, "utt": job.utterance.id, "seed": job.seed, "backend": backend, "hypothesis": text}
-            store.append("transcripts", row)
+            names = {"arm": job.arm, "utt": job.utterance.id, "seed": job.seed}
+            store.append("transcripts", names | {"backend": backend, "given": given, "hypothesis": text})
         done += len(group)
         progress("transcribing", done, total)
     del asr
     release_memory()
+
+
+def _heard_together(plan: EvalPlan, clips: Mapping[Key, Clip]) -> list[tuple[list[Job], str]]:
+    """Cut the clips with sound into groups of one arm and language, each with the hash of its sounds."""
+    found = []
+    for arm in plan.arms:
+        jobs = [job for job in plan.jobs(arm) if job.key in clips and clips[job.key].has_audio]
+        for lang in sorted({job.utterance.lang for job in jobs}):
+            some = [job for job in jobs if job.utterance.lang == lang]
+            for group in (some[start : start + ASR_BATCH] for start in range(0, len(some), ASR_BATCH)):
+                found.append((group, sha256_text(" ".join(str(clips[job.key].sound) for job in group))[:24]))
+    return found
 
 
 def _hear(asr: Asr, sounds: Sequence[tuple[Tensor, int]], lang: str) -> list[str]:
@@ -149,24 +161,33 @@ def embed(
     """
     clips, known = store.clips(), store.embeddings(backend)
     ranks.wait()
-    wanted: dict[tuple[str, str, int], Job | Utterance] = {}
-    for one in plan.utterances:
-        if one.prompt_audio is not None:
-            wanted[PROMPT, voice_id(one), 0] = one
-    wanted |= {job.key: job for job in plan.jobs() if job.key in clips and clips[job.key].has_audio}
+    wanted = _embedded(plan, clips)
     mine = ranks.share([item for item in wanted.items() if item[0] not in known])
     if not mine:
         return
     model = load()
-    for done, (key, what) in enumerate(mine, 1):
+    for done, ((key, given), what) in enumerate(mine, 1):
         sound = _voice_sound(what) if isinstance(what, Utterance) else read_clip(store.wav(what))
         found = None if sound is None else model.embed(*sound)
         names = dict(zip(("arm", "utt", "seed"), key, strict=True))
-        row = {"backend": backend, "embedding": None if found is None else found.float().tolist()}
+        row = {"backend": backend, "given": given, "embedding": None if found is None else found.float().tolist()}
         store.append("embeddings", names | row)
         progress("comparing voices", done, len(mine))
     del model
     release_memory()
+
+
+def _embedded(plan: EvalPlan, clips: Mapping[Key, Clip]) -> dict[tuple[_Place, str], Job | Utterance]:
+    """Give what is embedded, voices and clips with sound, by its place and the hash of its sound."""
+    found: dict[tuple[_Place, str], Job | Utterance] = {}
+    for one in plan.utterances:
+        if one.prompt_audio is not None:
+            found[(PROMPT, voice_id(one), 0), voice_id(one)] = one
+    for job in plan.jobs():
+        sound = clips[job.key].sound if job.key in clips else None
+        if sound is not None:
+            found[job.key, sound] = job
+    return found
 
 
 def _voice_sound(utterance: Utterance) -> tuple[Tensor, int] | None:
@@ -190,7 +211,7 @@ class _Known:
     backends: Backends
     clips: Mapping[Key, Clip]
     transcripts: Mapping[Key, str]
-    embeddings: Mapping[tuple[str, str, int], Tensor | None]
+    embeddings: Mapping[_Place, Tensor | None]
     damages: Mapping[tuple[str, int], TokenDamage]
 
 
@@ -211,13 +232,22 @@ def make_records(
     Raises:
         UserError: A file of the run is damaged, or a package for scoring is missing.
     """
+    clips = store.clips()
+    transcripts: dict[Key, str] = {}
+    if backends.asr:
+        heard = store.transcripts(backends.asr)
+        transcripts = {job.key: heard[job.key, given] for jobs, given in _heard_together(plan, clips) for job in jobs}
+    embeddings: dict[_Place, Tensor | None] = {}
+    if backends.similarity:
+        found = store.embeddings(backends.similarity)
+        embeddings = {key: found[key, given] for key, given in _embedded(plan, clips)}
     known = _Known(
         plan=plan,
         store=store,
         backends=backends,
-        clips=store.clips(),
-        transcripts=store.transcripts(backends.asr) if backends.asr else {},
-        embeddings=store.embeddings(backends.similarity) if backends.similarity else {},
+        clips=clips,
+        transcripts=transcripts,
+        embeddings=embeddings,
         damages=damages,
     )
     return [_record(group, known) for group in _by_job(plan)]

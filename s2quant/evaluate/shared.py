@@ -2,8 +2,11 @@
 
 Taken are clips of the baseline and of the floor that this run's plan asks for, with sound, codes, sequences, codes of
 voices, transcripts, embeddings and token metrics; files are linked where the disk can, else copied. The other run must
-be of the same suite, baseline, device, dtype and backend of linears, on all of which those clips depend. What it lacks
-is made here. Timings are not taken: they are measured side by side in every run.
+be of the same suite, baseline, device, dtype, backend of linears, decoder and slots, on all of which those clips
+depend. They also depend on who was spoken with them, so those are taken that were spoken in a group that this run has,
+too (`groups.py`): all of them when both runs ask for the same utterances and seeds. What the other run lacks is made
+here. So the results are those of a run that speaks all itself. Timings are not taken: they are measured side by side
+in every run.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from s2quant.errors import UserError, shorten_list
+from s2quant.evaluate.groups import cut_groups
 from s2quant.evaluate.plan import EvalPlan, Job
 from s2quant.evaluate.store import Clip, Store
 from s2quant.files import atomic_file, read_json
 
-_SAME = ("run_version", "suite", "device", "dtype", "linears", "decoder")
+_SAME = ("run_version", "suite", "device", "dtype", "linears", "decoder", "num_slots")
 
 
 def check_shared(source: Path, facts: Mapping[str, Any]) -> None:
@@ -44,18 +48,19 @@ def check_shared(source: Path, facts: Mapping[str, Any]) -> None:
     if faults:
         raise UserError(
             f"{source} has another baseline's speech:\n{shorten_list(faults)}",
-            "a run of the same suite, baseline, device and dtype",
+            "a run of the same suite, baseline, device, dtype and slots",
             "name another --baseline-run, or leave it out",
         )
 
 
-def take_baseline(source: Path, plan: EvalPlan, store: Store) -> int:
+def take_baseline(source: Path, plan: EvalPlan, store: Store, num_slots: int) -> int:
     """Take what this run lacks of the baseline's and the floor's clips.
 
     Args:
         source: Folder of the other run, see `check_shared`.
         plan: This run's plan.
         store: This run's folder.
+        num_slots: Of this run's engines.
 
     Returns:
         How many clips were taken.
@@ -70,40 +75,38 @@ def take_baseline(source: Path, plan: EvalPlan, store: Store) -> int:
             if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("."):
                 _take(path, store.folder / folder / path.name)
     taken = 0
-    for job in plan.jobs():
-        clip = theirs.get(job.key)
-        if job.arm == "model" or clip is None or clip.error is not None or job.key in ours:
-            continue
-        if _take_files(job, clip, other, store):
-            store.add_clip(clip)
-            taken += 1
+    for group in cut_groups(plan, ("baseline",), num_slots):
+        for job in group.jobs:
+            clip = theirs.get(job.key)
+            if clip is None or not other.has_clip(job, clip, group.name):
+                continue
+            if not store.has_clip(job, ours.get(job.key), group.name):
+                _take_clip(job, clip, other, store)
+                taken += 1
     wanted = {job.key for job in plan.jobs() if job.arm != "model"}
     for kind in ("transcripts", "embeddings"):
         known = {_row_key(row) for _, row in store.rows(kind)}
         for _, row in other.rows(kind):
             key = _row_key(row)
-            if key not in known and (key[1:] in wanted or row["arm"] == "prompt"):
+            if key not in known and (key[1:4] in wanted or row["arm"] == "prompt"):
                 store.append(kind, row)
                 known.add(key)
     return taken
 
 
 def _row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["backend"], row["arm"], row["utt"], row["seed"]
+    return row["backend"], row["arm"], row["utt"], row["seed"], row["given"]
 
 
-def _take_files(job: Job, clip: Clip, other: Store, store: Store) -> bool:
-    """Take the files of a clip; not one of them when one is absent."""
-    names = [
-        Store.codes,
-        *([Store.wav] if clip.has_audio else []),
-        *([Store.sequence] if job.arm == "baseline" else []),
-    ]
-    if not all(name(other, job).is_file() for name in names):
-        return False
-    for name in names:
-        _take(name(other, job), name(store, job))
-    return True
+def _take_clip(job: Job, clip: Clip, other: Store, store: Store) -> None:
+    """Take a clip in the order in which it is written."""
+    store.remove_clip(job)
+    if clip.has_audio:
+        _take(other.wav(job), store.wav(job))
+    if job.arm == "baseline":
+        _take(other.sequence(job), store.sequence(job))
+    store.add_clip(clip)
+    _take(other.codes(job), store.codes(job))
 
 
 def _take(source: Path, target: Path) -> None:

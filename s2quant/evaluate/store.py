@@ -3,16 +3,21 @@
     out/run.json                         what the clips depend on; a run goes on only with the same
     out/audio/<arm>/<utt>-<seed>.wav     sound; beside it .npy, the codes, int64 [N, F]
     out/audio/prompt/<name>.<suffix>     recordings of the voices
-    out/work/clips-<rank>.jsonl          a line per clip that was spoken, or that failed
-    out/work/transcripts-<rank>.jsonl    a line per clip that was heard, with the recognizer's name
-    out/work/embeddings-<rank>.jsonl     a line per clip or voice that was embedded, with the back end's name
+    out/work/clips-<go>-<rank>.jsonl        a line per clip that was spoken, or that failed
+    out/work/transcripts-<go>-<rank>.jsonl  a line per clip that was heard, with the recognizer's name
+    out/work/embeddings-<go>-<rank>.jsonl   a line per clip or voice that was embedded, with the back end's name
     out/work/voices/<hash>.npy           codes of a voice, the same for all arms
     out/work/sequences/<utt>-<seed>.npy  what the baseline read and spoke, int64 [1+N, T], for the token metrics
     out/work/tokens/                     token metrics by hash
     out/work/speed.json                  the timings
     out/records.jsonl, results.json, summary.csv, manifest.json, at the end
 
-Every process appends to files of its own and reads those of all, so several may work side by side.
+Every process appends to files of its own and reads those of all, so several may work side by side. A run that goes on
+begins new files, a go later in the order of names: of several lines about one clip the last one counts, whoever wrote
+the earlier ones. A clip is there when its line is and its codes are, which are written last and removed first.
+
+Transcripts and embeddings carry the hash of the sound they are of, and count for nothing else: a clip that was spoken
+anew is heard anew, unless it sounds as before.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from torch import Tensor
 
 from s2quant.errors import UserError
 from s2quant.evaluate.plan import Job, Key
-from s2quant.files import atomic_file, sha256_file, sha256_text
+from s2quant.files import atomic_file, disk_errors, sha256_file, sha256_text
 from s2quant.records import Arm, append_line, read_lines
 from s2quant.suite import Utterance
 
@@ -42,8 +47,9 @@ class Clip:
         arm: The arm.
         utt: The utterance's id.
         seed: Its seed.
+        group: Name of the group that it was spoken in, see `Group`.
         error: Why there is nothing, in one sentence; None when it was spoken.
-        has_audio: Whether there is a sound file: not for a clip without frames, or with samples that are not finite.
+        sound: sha256 of the sound file; None when there is none: without frames, or with samples that are not finite.
         num_frames: F.
         audio_s: Length of the sound.
         stop_reason: See `Speech`.
@@ -56,8 +62,9 @@ class Clip:
     arm: Arm
     utt: str
     seed: int
+    group: str
     error: str | None = None
-    has_audio: bool = False
+    sound: str | None = None
     num_frames: int | None = None
     audio_s: float | None = None
     stop_reason: str | None = None
@@ -70,6 +77,11 @@ class Clip:
     def key(self) -> Key:
         """Names the clip."""
         return (self.arm, self.utt, self.seed)
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is a sound file."""
+        return self.sound is not None
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], path: Path) -> Clip:
@@ -102,10 +114,12 @@ class Store:
     Args:
         folder: The folder.
         rank: Number of this process.
+        go: How often the run had been begun or gone on with before.
     """
 
     folder: Path
     rank: int = 0
+    go: int = 0
 
     @property
     def work(self) -> Path:
@@ -163,7 +177,7 @@ class Store:
         Raises:
             UserError: The disk refuses.
         """
-        append_line(self.work / f"{kind}-{self.rank:03d}.jsonl", row)
+        append_line(self.work / f"{kind}-{self.go:05d}-{self.rank:03d}.jsonl", row)
 
     def rows(self, kind: str) -> list[tuple[Path, dict[str, Any]]]:
         """Read the lines of all processes.
@@ -172,7 +186,7 @@ class Store:
             kind: As in `append`.
 
         Returns:
-            (file, object), in order of the files.
+            (file, object), in order of the goes, then of the processes.
 
         Raises:
             UserError: A line is damaged.
@@ -194,7 +208,7 @@ class Store:
         """Read what came of the jobs so far.
 
         Returns:
-            The clips; of one that failed first and was spoken later, the latter.
+            What was written last about each clip.
 
         Raises:
             UserError: A line is damaged.
@@ -202,40 +216,71 @@ class Store:
         found: dict[Key, Clip] = {}
         for path, row in self.rows("clips"):
             clip = Clip.from_json(row, path)
-            if clip.error is None or clip.key not in found:
-                found[clip.key] = clip
+            found[clip.key] = clip
         return found
 
-    def transcripts(self, backend: str) -> dict[Key, str]:
+    def has_clip(self, job: Job, clip: Clip | None, group: str) -> bool:
+        """Tell whether a clip is there as the plan wants it, with all its files.
+
+        Args:
+            job: The clip's job.
+            clip: What is written about it, if anything is.
+            group: Name of the group that it is to be spoken in.
+
+        Returns:
+            Not for one that failed, or that was spoken in another group.
+        """
+        if clip is None or clip.error is not None or clip.group != group:
+            return False
+        files = [self.codes(job)]
+        files += [self.wav(job)] if clip.has_audio else []
+        files += [self.sequence(job)] if job.arm == "baseline" else []
+        return all(path.is_file() for path in files)
+
+    def remove_clip(self, job: Job) -> None:
+        """Remove a clip's files before it is spoken anew, so that files of two attempts never stand side by side.
+
+        Args:
+            job: The clip's job.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        with disk_errors(self.folder):
+            for path in (self.codes(job), self.wav(job), *([self.sequence(job)] if job.arm == "baseline" else [])):
+                path.unlink(missing_ok=True)
+
+    def transcripts(self, backend: str) -> dict[tuple[Key, str], str]:
         """Read what a recognizer has heard so far.
 
         Args:
             backend: Its name.
 
         Returns:
-            Transcript by clip.
+            Transcript by clip and `given`, the hash of the sounds that the recognizer was given together.
 
         Raises:
             UserError: A line is damaged.
         """
         rows = (row for _, row in self.rows("transcripts") if row.get("backend") == backend)
-        return {(row["arm"], row["utt"], row["seed"]): row["hypothesis"] for row in rows}
+        return {((row["arm"], row["utt"], row["seed"]), row["given"]): row["hypothesis"] for row in rows}
 
-    def embeddings(self, backend: str) -> dict[tuple[str, str, int], Tensor | None]:
+    def embeddings(self, backend: str) -> dict[tuple[tuple[str, str, int], str], Tensor | None]:
         """Read what a speaker model has embedded so far.
 
         Args:
             backend: Its name.
 
         Returns:
-            float32 [E] by clip, or by ("prompt", voice id, 0); None for one without enough sound.
+            float32 [E] by clip, or ("prompt", voice id, 0), and `given`, the hash of its sound; None for one without
+            enough sound.
 
         Raises:
             UserError: A line is damaged.
         """
         rows = (row for _, row in self.rows("embeddings") if row.get("backend") == backend)
         return {
-            (row["arm"], row["utt"], row["seed"]): None
+            ((row["arm"], row["utt"], row["seed"]), row["given"]): None
             if row["embedding"] is None
             else torch.tensor(row["embedding"], dtype=torch.float32)
             for row in rows

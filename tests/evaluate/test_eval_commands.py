@@ -89,7 +89,7 @@ def test_two_processes_give_the_same_records(finished, suite, tmp_path, tiny_fol
     out = tmp_path / "run"
     done = call(launcher, words(suite, out, tiny_folder, tiny_quantized, *GROUPS))
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (out / "work").glob("clips-*")} == {"clips-000.jsonl", "clips-001.jsonl"}
+    assert {path.name for path in (out / "work").glob("clips-*")} == {"clips-00000-000.jsonl", "clips-00000-001.jsonl"}
     assert records(out) == records(finished[0])
     for name in ("results.json", "summary.csv"):
         assert (out / name).read_bytes() == (finished[0] / name).read_bytes(), name

@@ -4,8 +4,8 @@ import pytest
 import torch
 from run_cases import TEXTS, write_suite
 
-from s2quant.evaluate import generate as module
 from s2quant.evaluate.generate import generate
+from s2quant.evaluate.groups import GROUP_ROUNDS
 from s2quant.evaluate.plan import EvalOptions, make_plan
 from s2quant.evaluate.ranks import Ranks
 from s2quant.evaluate.store import Store, load_array
@@ -40,7 +40,7 @@ def spoken(plan, folder, tiny_folder, monkeypatch, world):
 def test_any_number_of_processes_speaks_the_same_codes(plan, tmp_path, tiny_folder, monkeypatch):
     one, batches = spoken(plan, tmp_path, tiny_folder, monkeypatch, 1)
     assert len(one) == len(plan.jobs()) == 40
-    assert batches == [[8, 8, 4, 8, 8, 4]] and module.GROUP_ROUNDS * SLOTS == 8
+    assert batches == [[8, 8, 4, 8, 8, 4]] and GROUP_ROUNDS * SLOTS == 8
     three, shared = spoken(plan, tmp_path, tiny_folder, monkeypatch, 3)
     assert shared == [[8, 8], [8, 8], [4, 4]]
     assert set(three) == set(one)
