@@ -46,12 +46,14 @@ def cut_groups(plan: EvalPlan, engines: Iterable[str], num_slots: int) -> list[G
         num_slots: Slots of the engines.
 
     Returns:
-        The groups of each engine, GROUP_ROUNDS jobs for each slot; the last one of an engine may have fewer.
+        The groups of each engine, GROUP_ROUNDS jobs for each slot; the last one of an arm may have fewer. No group has
+        jobs of two arms, so that clips of the model have the companions of the baseline's.
     """
     size = GROUP_ROUNDS * num_slots
     found = []
-    for engine in engines:
-        own = [job for job in plan.jobs() if (job.arm == "model") == (engine == "model")]
+    arms = dict.fromkeys(job.arm for job in plan.jobs())
+    for engine, arm in ((engine, arm) for engine in engines for arm in arms):
+        own = [job for job in plan.jobs() if job.arm == arm and (arm == "model") == (engine == "model")]
         for start in range(0, len(own), size):
             jobs = tuple(own[start : start + size])
             name = sha256_text(json.dumps([num_slots, [job.key for job in jobs]]))[:24]
