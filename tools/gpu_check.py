@@ -3,7 +3,10 @@
     python tools/gpu_check.py --out reports/2026-01-01-real-size [--work DIR] [--sequences 32] [--model DIR]
 
 Needs about 25 GB of disk under --work. With --model the bf16 checkpoint given is used instead of a random one.
-`--preload FILE.so` loads torch extension libraries first (prebuilt kernels of gptqmodel, so that nothing is compiled).
+`--full-length` makes every calibration sequence as long as the recipe allows (1024 positions at the real size): weights
+whose speech does not end, and a copy of the recipe that takes speech without an end. `--keep` leaves the folders under
+--work, and the calibration set beside them. `--preload FILE.so` loads torch extension libraries first (prebuilt kernels
+of gptqmodel, so that nothing is compiled).
 Writes report.json and report.md; exits 1 if a count is not what the recipe calls for. report.json is written after
 every step, so that a run that is cut off keeps what it measured. `--size tiny --device cpu` tries the script itself.
 """
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,6 +120,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--frames", type=int, default=200)
+    parser.add_argument("--full-length", action="store_true", help="calibration sequences of the most positions")
+    parser.add_argument("--keep", action="store_true", help="leave what was made under --work")
     parser.add_argument("--commit", help="the commit, when the files are no checkout")
     parser.add_argument("--preload", type=Path, nargs="*", default=[])
     return parser.parse_args()
@@ -134,6 +140,8 @@ def main() -> int:
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
     recipe = ROOT / "recipes" / f"{options.size}-w4a16.yaml"
+    if options.full_length:
+        recipe = full_length_recipe(recipe, options.work)
     facts: dict[str, Any] = {
         "device": device_name(parse_device(options.device)),
         "host": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -142,6 +150,7 @@ def main() -> int:
         "size": options.size,
         "recipe": recipe.name,
         "sequences": options.sequences,
+        "full_length": options.full_length,
     }
 
     def keep() -> None:
@@ -151,7 +160,7 @@ def main() -> int:
     model = options.model or options.work / "bf16"
     if options.model is None:
         print("random checkpoint ...", flush=True)
-        write_random(CONFIGS[options.size](), model, seed=0, device=options.device)
+        write_random(CONFIGS[options.size](), model, seed=0, device=options.device, ends=not options.full_length)
         facts["random_s"] = time.perf_counter() - started
         keep()
     print(f"quantize ... ({time.perf_counter() - started:.0f} s so far)", flush=True)
@@ -171,8 +180,28 @@ def main() -> int:
         keep()
     (options.out / "report.md").write_text(markdown(facts))
     print(markdown(facts))
-    shutil.rmtree(options.work)
+    if not options.keep:
+        shutil.rmtree(options.work)
     return 0 if facts["counts_right"] and not found.faults else 1
+
+
+def full_length_recipe(recipe: Path, work: Path) -> Path:
+    """Write a copy of a recipe whose calibration sequences have the most positions, from speech that need not end.
+
+    Args:
+        recipe: The recipe.
+        work: Where the copy goes.
+
+    Returns:
+        The copy.
+    """
+    raw = yaml.safe_load(recipe.read_text("utf-8"))
+    calibration = raw["calibration"]
+    source = str((recipe.parent / calibration["source"]).resolve())
+    calibration |= {"source": source, "max_frames": calibration["max_positions"], "require_end": False}
+    copy = work / recipe.name
+    copy.write_text(yaml.safe_dump(raw, sort_keys=False), "utf-8")
+    return copy
 
 
 def timed_quantization(
@@ -191,6 +220,7 @@ def timed_quantization(
             device=options.device,
             num_sequences=options.sequences,
             num_slots=options.slots,
+            calibration=options.work / "calibration.safetensors" if options.keep else None,
         ),
         phases,
     )

@@ -121,6 +121,7 @@ def write_random(
     codec: CodecConfig | None = None,
     device: str = "cpu",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    ends: bool = True,
 ) -> None:
     """Write a random checkpoint folder.
 
@@ -131,6 +132,7 @@ def write_random(
         codec: Sizes of the codec; None means the real one's for a model of the real width, else the tiny one's.
         device: Where numbers are drawn; they differ between devices.
         max_shard_bytes: Shard limit.
+        ends: Whether its speech ends by itself now and then; else hardly ever.
 
     Raises:
         UserError: The configuration is no S2 Pro's, or the folder cannot be written.
@@ -141,7 +143,7 @@ def write_random(
         write_json(folder / "config.json", merged_config(raw_config, None))
         writer = ShardWriter(folder, max_shard_bytes)
         for spec in expected_tensors(config).values():
-            writer.add(spec.name, random_tensor(spec, config, seed, device).to(torch.bfloat16))
+            writer.add(spec.name, random_tensor(spec, config, seed, device, ends).to(torch.bfloat16))
         writer.finish()
         for name, content in synthetic_tokenizer(config).items():
             (folder / name).write_bytes(content)
@@ -157,7 +159,7 @@ def _save_codec(state: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"{path.name} could not be written whole: {error}") from error
 
 
-def random_tensor(spec: TensorSpec, config: S2Config, seed: int, device: str = "cpu") -> Tensor:
+def random_tensor(spec: TensorSpec, config: S2Config, seed: int, device: str = "cpu", ends: bool = True) -> Tensor:
     """Draw one tensor.
 
     Args:
@@ -165,6 +167,7 @@ def random_tensor(spec: TensorSpec, config: S2Config, seed: int, device: str = "
         config: The model's configuration.
         seed: Seed of the checkpoint.
         device: Where to draw.
+        ends: Whether im_end's embedding leans as those of frames do, or the other way.
 
     Returns:
         float32 of the spec's shape, on the device.
@@ -183,7 +186,7 @@ def random_tensor(spec: TensorSpec, config: S2Config, seed: int, device: str = "
         noise += SHARED_LENGTH * LOGIT_STD * direction / direction.norm()
     if spec.module == f"{SLOW}.embeddings":
         length = END_LENGTH * (config.slow.n_layer / END_DEPTH) ** END_POWER
-        noise[config.im_end_id] += length * direction / direction.norm()
+        noise[config.im_end_id] += (length if ends else -length) * direction / direction.norm()
     return noise
 
 

@@ -161,7 +161,9 @@ def test_other_utterances_and_seeds_give_what_they_give_in_one_go(
     run(suite, tiny_quantized, out, tiny_folder, resume=True, **MORE)
     assert_same(out, whole)
     sizes = count_spoken(monkeypatch)
-    run(suite, tiny_quantized, out, tiny_folder, resume=True, limit=4, **MORE)  # the first group of each arm is the same
+    run(
+        suite, tiny_quantized, out, tiny_folder, resume=True, limit=4, **MORE
+    )  # the first group of each arm is the same
     assert sizes == []
     run(suite, tiny_quantized, out, tiny_folder, resume=True, limit=3, **MORE)
     assert sizes == [6] * 3

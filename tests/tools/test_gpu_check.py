@@ -10,10 +10,25 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 
 
-def test_the_whole_script(tiny_folder, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def script():
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_sequence_can_have_the_most_positions(script, tmp_path, monkeypatch):
+    words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu"]
+    words += ["--sequences", 3, "--slots", 2, "--frames", 2, "--full-length", "--keep"]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, words)])
+    assert script.main() == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["full_length"] and report["calibration"]["num_positions"] == 3 * 256
+    assert (tmp_path / "work" / "calibration.safetensors").is_file() and (tmp_path / "work" / "w4a16").is_dir()
+
+
+def test_the_whole_script(script, tiny_folder, tmp_path, monkeypatch, capsys):
     words = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu"]
     words += ["--model", tiny_folder, "--sequences", 3, "--slots", 2, "--frames", 8]
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, words)])
