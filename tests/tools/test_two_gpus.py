@@ -75,6 +75,19 @@ def test_runs_are_told_apart_by_all_but_times(tmp_path):
     assert missing["num_differences"] == 2 and not missing["equal"]
 
 
+def test_a_quantized_model_can_be_given(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(two_gpus.Check, "run", lambda check, part, name, words, *more, **named: said.append(words))
+    monkeypatch.setattr(two_gpus, "both", lambda check, part, words, *more, **named: said.append(words(tmp_path)))
+    monkeypatch.setattr(two_gpus, "missing", lambda part: [])
+    for more in ((), ("--quantized", tmp_path / "mine")):
+        two_gpus.main(words(tmp_path, "--only", "eval", *more))
+    made, first, second = said
+    assert made[0] == "quantize" and first[0] == second[0] == "eval"
+    assert made[made.index("--out") + 1] == first[first.index("--model") + 1]
+    assert second[second.index("--model") + 1] == str(tmp_path / "mine")
+
+
 def test_a_part_that_fails_loses_no_other_and_is_exit_status_1(tmp_path, monkeypatch):
     def run(self, words, shared=False, **more):
         if words[0] == "random":
