@@ -190,7 +190,7 @@ def main() -> int:
     )
     readings = Readings(options, max(lengths) + max(starts) + 512)
     cuda = readings.decoder.device.type == "cuda"
-    facts: dict[str, Any] = {"model": str(options.model), "largest_piece": MOST_PIECE}
+    facts: dict[str, Any] = {"model": options.model.name, "largest_piece": MOST_PIECE}
     facts["reserved_bytes"] = [torch.cuda.memory_reserved()] if cuda else []
     rows: list[dict[str, Any]] = []
     for start in starts:

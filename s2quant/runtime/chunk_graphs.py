@@ -26,7 +26,7 @@ from s2quant.errors import UserError
 from s2quant.runtime.captures import capture
 
 # Whether an engine on a CUDA device uses graphs unless it is told: first sound 9 ms earlier, for 44 MB
-# (reports/2026-11-26-first-audio). Graphs of later chunks would take more memory, and nobody waits for these chunks.
+# (reports/2026-11-26-h100). Graphs of later chunks would take more memory, and nobody waits for these chunks.
 CODEC_GRAPHS = True
 FIRST_CHUNK_FRAMES = 4
 LATER_FRAMES: tuple[int, ...] = ()  # such as (8, 16): numbers of frames of later chunks that have a graph, too

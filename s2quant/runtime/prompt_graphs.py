@@ -27,9 +27,9 @@ from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.captures import capture
 
-# Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 8 to 15 ms in place of 40 to 80
+# Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 7 to 14 ms in place of 40 to 97
 # for up to 128 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
-# (reports/2026-11-26-first-audio, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
+# (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
 # of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
 PROMPT_GRAPHS = True
 LEAST_PIECE = 16
