@@ -1,0 +1,132 @@
+"""Quantize within 12 GB of a GPU, killed on the way and gone on with, and hold the result to that of one go.
+
+    python tools/gpu_check.py --out OUT --work WORK --sequences 256 --full-length --keep
+    python tools/low_memory_check.py --out OUT2 --work WORK [--stages 12] [--sequences 256]
+
+The first command leaves under WORK a bf16 checkpoint, its quantized folder, the calibration set and, where sequences
+have their full length, the recipe; the second quantizes the same once more by `s2quant quantize --low-memory`, ends it
+with SIGKILL as soon as so many stages are done, goes on with `--resume`, and compares every tensor. What it takes is
+measured by the run itself (manifest.json), of the process that went on. The calibration set is read, not spoken again:
+with two lines at a time that would take longer than all else. Writes DIR/low_memory.json. Exit status 1: something
+differs, failed, or was done before it could be killed. `--size tiny --device cpu` tries the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launched import Launcher  # noqa: E402
+
+from s2quant.checkpoint.reader import open_checkpoint  # noqa: E402
+from s2quant.files import write_json  # noqa: E402
+
+POLL_S = 0.02
+MEASURED = ("device", "peak_device_bytes", "peak_calibration_bytes", "peak_host_bytes", "low_memory")
+RECIPES = {"s2-pro": "s2-pro-w4a16.yaml", "tiny": "tiny-w4a16.yaml"}
+
+
+def killed(launcher: Launcher, words: Sequence[str], stages: Path, wanted: int, limit_s: float) -> dict[str, Any]:
+    """Run a command until so many stages are done, and kill it.
+
+    Args:
+        launcher: Starts it.
+        words: After `s2quant`.
+        stages: The folder in which each finished stage has a file of its own.
+        wanted: Stages.
+        limit_s: Its time.
+
+    Returns:
+        seconds, stages, and status (None: killed).
+    """
+    began = time.perf_counter()
+    with launcher.log.open("ab") as log:
+        process = subprocess.Popen(
+            launcher.command(words, shared=False),
+            cwd=ROOT, env=launcher.environment(), stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        while process.poll() is None and time.perf_counter() - began < limit_s and finished(stages) < wanted:
+            time.sleep(POLL_S)
+        status = process.poll()
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return {"seconds": time.perf_counter() - began, "stages": finished(stages), "status": status}
+
+
+def finished(stages: Path) -> int:
+    """Count the files of finished stages."""
+    return len(list(stages.glob("*.safetensors")))
+
+
+def unequal(one: Path, other: Path) -> list[str]:
+    """Name the tensors of two checkpoints that have not the same bytes, or are in one only."""
+    first, second = open_checkpoint(one), open_checkpoint(other)
+    names = [set(checkpoint.entries) for checkpoint in (first, second)]
+    found = sorted(names[0] ^ names[1])
+    for name in sorted(names[0] & names[1]):
+        a, b = first.tensor(name), second.tensor(name)
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            found.append(name)
+    return found
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Quantize in two goes, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="what gpu_check.py --keep has left")
+    parser.add_argument("--size", choices=tuple(RECIPES), default="s2-pro")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sequences", type=int, default=256, help="as gpu_check.py was told")
+    parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed")
+    parser.add_argument("--seconds", type=float, default=560)
+    parser.add_argument("--preload", type=Path, nargs="*", default=[], help="libraries of torch operations")
+    options = parser.parse_args(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    work, until = options.work.absolute(), time.perf_counter() + options.seconds
+    own = work / RECIPES[options.size]
+    recipe = own if own.exists() else ROOT / "recipes" / RECIPES[options.size]
+    launcher = Launcher(num_processes=1, preload=options.preload, log=(options.out / "low_memory.log").absolute())
+    out = work / "low-memory"
+    partial = out.with_name(f"{out.name}.partial")
+    for folder in (out, partial):
+        shutil.rmtree(folder, ignore_errors=True)
+    line = ["quantize", str(recipe), "--model", str(work / "bf16"), "--out", str(out), "--device", options.device]
+    line += ["--calibration", str(work / "calibration.safetensors"), "--sequences", str(options.sequences)]
+    line += ["--low-memory", "--quiet"]
+    facts: dict[str, Any] = {"recipe": recipe.name, "sequences": options.sequences}
+
+    def keep() -> None:
+        write_json(options.out / "low_memory.json", facts)
+
+    facts["killed"] = killed(launcher, line, partial / "stages", options.stages, until - time.perf_counter())
+    keep()
+    if facts["killed"]["status"] is None:
+        facts["gone_on"] = launcher.run([*line, "--resume"], limit_s=until - time.perf_counter())
+        keep()
+        if facts["gone_on"]["status"] == 0:
+            manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+            facts |= {name: manifest[name] for name in MEASURED}
+            facts["unequal"] = unequal(work / "w4a16", out)
+            keep()
+    print(json.dumps(facts, indent=1))
+    return int(facts.get("unequal") != [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
