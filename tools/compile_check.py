@@ -23,11 +23,13 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+TARGET = GPUTarget("cuda", 90, 32)
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 SAID = ("KIND", "EPILOGUE", "K", "GROUPS", "T", "ROWS", "SPLITS", "STAGES", "TILES", "COLS", "LEAST")
 TYPES = {
@@ -51,11 +53,11 @@ calibration: {source: none.jsonl}
 
 def assembled(ptx: str) -> str:
     """Ask ptxas for registers and spills."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = get_ptxas(TARGET.arch).path  # the one that Triton itself takes, which knows its PTX
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(ptxas), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        command = [ptxas, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     words = [f"{registers.group(1)} registers" if registers else "", f"{spilled.group(1)} spilled" if spilled else ""]
@@ -92,7 +94,7 @@ class Compiler:
         started = time.perf_counter()
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
         try:
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            made = triton.compile(source, target=TARGET, options=options)
         except Exception as error:  # noqa: BLE001 - all of them are wanted, whatever Triton raises
             self.found[key] = f"{type(error).__name__}: {str(error)[:500]}"
             print(f"FAILED {kernel.__name__} {options}: {self.found[key]}", flush=True)
