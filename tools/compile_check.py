@@ -1,6 +1,6 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 1] [--switch shared_shifts,early]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 2] [--switch shared_shifts,early]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
 kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
@@ -111,7 +111,7 @@ class Compiler:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,8,12,24,32,64")
-    parser.add_argument("--layers", type=int, default=1, help="of each AR")
+    parser.add_argument("--layers", type=int, default=2, help="of each AR")
     parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, comma separated")
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config
@@ -142,6 +142,12 @@ def main() -> int:
                 decoder._fused = FusedFrame(model, batch, 1024, decoder.max_positions, how)
             for context in (512, 1024):
                 decoder.replay((batch, context, 32))
+        decoder = FastDecoder(model, 1, 1024, 1024, graphs=False, fused=True)
+        frame = FusedFrame(model, 1, 1024, decoder.max_positions, prompt_rows=64)
+        for rows in (16, 32, 64):  # of a prompt; two layers or more, for the last one attends to nothing
+            columns = torch.zeros(rows, decoder.state.columns.shape[1], dtype=torch.int64)
+            table = decoder._table.float()
+            frame.read(columns, torch.arange(rows), torch.zeros(1, dtype=torch.int64), decoder.cache, table, 512)
     failed = sum(bool(fault) for fault in compiler.found.values())
     print(f"Triton {triton.__version__}: {len(compiler.found)} kernels, {failed} not compiled")
     return 1 if failed or not compiler.found else 0

@@ -1,6 +1,6 @@
 """Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
 
-    python tools/prompt_check.py MODEL --out FILE.json [--most 64] [--lengths 1,15,...] [--starts 0,7,130]
+    python tools/prompt_check.py MODEL --out FILE.json [--kernels] [--most 64] [--lengths 1,15,...] [--starts 0,7,130]
 
 Legend: T positions, N codebooks, C columns that may follow in speech.
 
@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from s2quant.checkpoint.config import S2Config
 from s2quant.runtime.fast import FastDecoder
+from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.load import load_model
 from s2quant.runtime.prefix import read_prompt
-from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, pieces
+from s2quant.runtime.prompt_graphs import KERNEL_PIECE, MOST_PIECE, PromptReader, pieces
 from s2quant.sampling import Sampling
 
 LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64"
@@ -74,16 +75,25 @@ class Readings:
         for slot in range(3):
             generator = torch.Generator(self.decoder.device).manual_seed(slot)
             self.decoder.seat(slot, generator, Sampling(), ignore_end=True)
-        self.readers: dict[int, PromptReader] = {}
+        self.readers: dict[str, PromptReader] = {}
         for most in dict.fromkeys((MOST_PIECE, *options.mosts)):
-            self.readers[most] = PromptReader(
-                self.model.slow,
-                self.decoder.cache,
-                self.decoder._context_bucket,
-                self.decoder.graphs_wanted,
-                lambda: self.decoder._pool,
-                most,
-            )
+            self.readers[str(most)] = self.reader(most)
+        if options.kernels:
+            fused = FusedFrame(self.model, 3, 1024, most_positions, prompt_rows=KERNEL_PIECE)
+            self.readers["kernels"] = self.reader(MOST_PIECE, fused)
+
+    def reader(self, most: int, fused: FusedFrame | None = None) -> PromptReader:
+        """Make a reader of pieces of a size at most."""
+        decoder = self.decoder
+        return PromptReader(
+            self.model.slow,
+            decoder.cache,
+            decoder._context_bucket,
+            decoder.graphs_wanted,
+            lambda: decoder._pool,
+            most,
+            fused,
+        )
 
     def read(self, slot: int, tokens: Tensor, held: int, reader: PromptReader | None) -> float:
         """Read a prompt behind what slot 0 holds; the seconds until the device has done it."""
@@ -131,7 +141,7 @@ def case(readings: Readings, count: int, start: int, repeats: int) -> dict[str, 
         mine = readings.found(1, tokens, start)
         seconds = [readings.read(2, tokens, start, reader) for _ in range(repeats)]
         again = readings.found(2, tokens, start)
-        row["graphs"][str(most)] = {
+        row["graphs"][most] = {
             "first_ms": 1e3 * first_s,
             "ms": 1e3 * statistics.median(seconds),
             "apart": {part: apart(mine[part], eager[part]) for part in PARTS},
@@ -182,6 +192,7 @@ def main() -> int:
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, tried beside the one in use")
+    parser.add_argument("--kernels", action="store_true", help="read small pieces by the fused frame's kernels, too")
     parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
     parser.add_argument("--starts", default=STARTS, help="positions that are there before")
     options = parser.parse_args()
@@ -190,7 +201,7 @@ def main() -> int:
     )
     readings = Readings(options, max(lengths) + max(starts) + 512)
     cuda = readings.decoder.device.type == "cuda"
-    facts: dict[str, Any] = {"model": options.model.name, "largest_piece": MOST_PIECE}
+    facts: dict[str, Any] = {"model": options.model.name, "most": MOST_PIECE}
     facts["reserved_bytes"] = [torch.cuda.memory_reserved()] if cuda else []
     rows: list[dict[str, Any]] = []
     for start in starts:

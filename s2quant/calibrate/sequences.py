@@ -101,7 +101,7 @@ def make_sequences(
     voices_folder: Path,
     progress: Callable[[int], None] = lambda done: None,
     owns: Callable[[int], bool] = lambda group: True,
-    merge: Callable[[dict[int, Speech]], dict[int, Speech]] = lambda spoken: spoken,
+    gather: Callable[[Callable[[], dict[int, Speech]]], dict[int, Speech]] = lambda speak: speak(),
 ) -> CalibrationSet:
     """Turn lines into token sequences.
 
@@ -114,7 +114,7 @@ def make_sequences(
         progress: Called with the number of lines done.
         owns: Tells the groups of lines that this process speaks. A group is spoken by itself, GROUP_ROUNDS lines for
             each of the engine's slots, so that it comes out alike whoever speaks it, and whoever speaks the others.
-        merge: Adds what other processes spoke.
+        gather: Lets every process speak, and adds what the others spoke.
 
     Returns:
         The set, in the order of the lines.
@@ -123,14 +123,17 @@ def make_sequences(
         UserError: A line cannot be spoken, a voice is missing, or every clip failed.
     """
     requests = _requests(engine, lines, settings, voices_folder)
-    spoken: dict[int, Speech] = {}
-    if settings.codes == "speak":
+
+    def speak() -> dict[int, Speech]:
+        found: dict[int, Speech] = {}
         size = GROUP_ROUNDS * engine.num_slots
         for start in (start for start in range(0, len(requests), size) if owns(start // size)):
             for speech in engine.generate(requests[start : start + size]):
-                spoken[start + speech.index] = speech
-                progress(len(spoken))
-        spoken = merge(spoken)
+                found[start + speech.index] = speech
+                progress(len(found))
+        return found
+
+    spoken = gather(speak) if settings.codes == "speak" else {}
     ids, sequences, dropped = [], [], Counter[str]()
     for index, (line, request) in enumerate(zip(lines, requests, strict=True)):
         codes: Sequence[Tensor] = ()

@@ -48,7 +48,7 @@ def check_shared(source: Path, facts: Mapping[str, Any]) -> None:
     if faults:
         raise UserError(
             f"{source} has another baseline's speech:\n{shorten_list(faults)}",
-            "a run of the same suite, baseline, device, dtype and slots",
+            "a run of the same suite, baseline, device, dtype, linears, decoder and slots",
             "name another --baseline-run, or leave it out",
         )
 

@@ -41,7 +41,7 @@ from s2quant.suite import Utterance
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """What came of one job: a line of work/clips-<rank>.jsonl.
+    """What came of one job: a line of work/clips-<go>-<rank>.jsonl.
 
     Args:
         arm: The arm.

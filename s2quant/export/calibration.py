@@ -99,7 +99,7 @@ def calibration_set(
         recipe.calibration_path.parent,
         lambda done: report("calibration speech", done, len(lines)),
         exchange.owns,
-        exchange.merge,
+        exchange.gather,
     )
     exchange.once(lambda: save_set(made, path))
     return made

@@ -143,8 +143,35 @@ class Exchange:
         found = self.agree(None if error is None else vars(error))
         if error is not None:
             raise error
-        if found is not None:
-            raise UserError(**found) if "got" in found else VerificationError(**found)
+        _raise(found)
+
+    def gather(self, action: Callable[[], Mapping[Key, T]]) -> dict[Key, T]:
+        """Put together what all processes make, each a part; none waits for one that could not.
+
+        Args:
+            action: Makes this process's part; no key is in two parts.
+
+        Returns:
+            All parts, by key in order.
+
+        Raises:
+            UserError: The action raised one in any process; raised in every process.
+            VerificationError: As UserError.
+        """
+        if self.world == 1:
+            return dict(sorted(action().items()))
+        mine: Mapping[Key, T] = {}
+        error: S2QuantError | None = None
+        try:
+            mine = action()
+        except S2QuantError as caught:
+            error = caught
+        faults = self.merge({self.rank: None if error is None else vars(error)})
+        if error is not None:
+            raise error
+        for fault in faults.values():
+            _raise(fault)
+        return self.merge(mine)
 
     def merge(self, mine: Mapping[Key, T]) -> dict[Key, T]:
         """Put together what all processes have.
@@ -183,6 +210,12 @@ class Exchange:
             dist.broadcast(tensors[name], owner, group=self.group)
         weight = QuantizedWeight(**tensors, bits=found["bits"], group_size=found["group_size"])
         return weight, found["record"]
+
+
+def _raise(fault: Mapping[str, str] | None) -> None:
+    """Raise another process's error, if it has one."""
+    if fault is not None:
+        raise UserError(**fault) if "got" in fault else VerificationError(**fault)
 
 
 def join_exchange(rank: int, world: int, device: torch.device) -> Exchange:

@@ -172,8 +172,7 @@ def quantize_stage(
                 _replace(stage, name, weight)
     known = exchange.merge({name: future.result() for name, future in hashes.items()})
     records = [record | {"dequantized_sha256": known[record["module"]]} for record in records]
-    if exchange.is_first:
-        store.save(stage.name, weights, records)
+    exchange.once(lambda: store.save(stage.name, weights, records))
     return records
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from s2quant.model import DualAR
-from s2quant.runtime.fast import frame_obstacle
+from s2quant.runtime.fused_weights import frame_obstacle
 
 
 def list_linears(model: DualAR) -> list[dict[str, Any]]:

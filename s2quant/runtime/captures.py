@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+_ONE = threading.RLock()  # the collector is the process's
 
 
 @contextlib.contextmanager
@@ -16,18 +19,19 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
 
     Python's garbage collector does not run meanwhile: to end an old graph is one of the calls that end a capture, too
     (seen on an H100: "operation failed due to a previous error during capture"). What other threads ask of the GPU
-    does not matter.
+    does not matter. One thread captures at a time; others wait.
 
     Args:
         graph: The graph; new.
         pool: The memory pool that it shares with others, which no other stream uses.
         stream: Where it is captured; None: on torch's own stream for captures, of the current device.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            yield
-    finally:
-        if collects:
-            gc.enable()
+    with _ONE:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        finally:
+            if collects:
+                gc.enable()

@@ -25,9 +25,9 @@ from s2quant.runtime.cache import KVCache
 from s2quant.runtime.captures import capture
 from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame
-from s2quant.runtime.fused_weights import fused_obstacle
+from s2quant.runtime.fused_weights import frame_obstacle
 from s2quant.runtime.prefix import PrefixCache, read_prompt
-from s2quant.runtime.prompt_graphs import PromptReader
+from s2quant.runtime.prompt_graphs import KERNEL_PIECE, PROMPT_KERNELS, PromptReader
 from s2quant.runtime.sampler import (
     AHEAD,
     RAS_WINDOW,
@@ -144,14 +144,17 @@ class FastDecoder:
             raise UserError(f"fused frames: {self.fused_obstacle}", "a model its kernels take", "leave them out")
         self._fused: FusedFrame | None = None
         if self.fused_obstacle is None:
-            self._fused = FusedFrame(model, num_slots, residual_size, self.max_positions)
+            rows = KERNEL_PIECE if prompt_graphs and PROMPT_KERNELS else 0
+            self._fused = FusedFrame(model, num_slots, residual_size, self.max_positions, prompt_rows=rows)
         self._table = model.slow.rotary.table(self.cache.capacity, self.device)
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
         self.reader: PromptReader | None = None
         if prompt_graphs:
             wanted = self.graphs_wanted
-            self.reader = PromptReader(model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool)
+            self.reader = PromptReader(
+                model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool, fused=self._fused
+            )
         self._num_reads = 0
         self._noises: list[Noise | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
@@ -369,25 +372,6 @@ class FastDecoder:
 
     def _rank_bucket(self, count: int) -> int:
         return _bucket(max(self._top_k[:count]), FIRST_RANKS, self.num_semantic + 1)
-
-
-def frame_obstacle(model: DualAR, residual_size: int, fused: bool | None = None) -> str | None:
-    """Say why frames are not made by our own kernels.
-
-    Args:
-        model: The model, on its device.
-        residual_size: Entries of a residual codebook.
-        fused: Whether they shall be; None: where they can on a GPU.
-
-    Returns:
-        The reason, or None when they are.
-    """
-    if fused is False:
-        return "not wanted"
-    reason = fused_obstacle(model, residual_size)
-    if reason is None and fused is None and model.slow.embeddings.weight.device.type != "cuda":
-        return "a CPU, where Triton only interprets"
-    return reason
 
 
 def _bucket(wanted: int, first: int, most: int) -> int:

@@ -15,19 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from s2quant.model import Block, DualAR
+from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.fused_weights import (
-    DENSE_OUTPUTS,
-    FusedStack,
-    PlacedLinear,
-    dense_linear,
-    fused_layer,
-    residual_head,
-)
+from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, fast_stack, slow_stack
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
@@ -35,6 +27,8 @@ if TYPE_CHECKING:
     from s2quant.runtime.kernels.choice import Plan
     from s2quant.runtime.kernels.launch import How
     from s2quant.runtime.kernels.weights import Then
+
+PROMPT_CONTEXT = 4096  # positions that `FusedFrame.read` looks at, at most
 
 
 class FusedFrame:
@@ -47,10 +41,17 @@ class FusedFrame:
         residual_size: Entries of a residual codebook.
         max_context: Positions at most.
         how: How kernels are launched; None: as measured to be fastest.
+        prompt_rows: Positions of a prompt that `read` takes at most.
     """
 
     def __init__(
-        self, model: DualAR, num_slots: int, residual_size: int, max_context: int, how: How | None = None
+        self,
+        model: DualAR,
+        num_slots: int,
+        residual_size: int,
+        max_context: int,
+        how: How | None = None,
+        prompt_rows: int = 0,
     ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
         from s2quant.runtime.kernels.choice import padded_rows
@@ -61,35 +62,12 @@ class FusedFrame:
         self.model, self.config = model, model.config
         self.how = how or (MEASURED_DENSE if is_dense else MEASURED)
         self.residual_size = residual_size
-        slow, fast = model.slow, model.fast
-        config, device = model.config.slow, slow.embeddings.weight.device
+        config, device = model.config.slow, model.slow.embeddings.weight.device
         self.device = device
-        begin, end, im_end = (
-            model.config.semantic_begin_id,
-            model.config.semantic_end_id,
-            model.config.im_end_id,
-        )
-        self.num_semantic = end - begin + 1
-        rows = 2 * padded_rows(2 * num_slots)
+        self.num_semantic = model.config.semantic_end_id - model.config.semantic_begin_id + 1
+        rows = max(2 * padded_rows(2 * num_slots), padded_rows(prompt_rows))
         with torch.inference_mode(False), torch.no_grad():
-            head = torch.cat([slow.embeddings.weight[begin : end + 1], slow.embeddings.weight[im_end : im_end + 1]])
-            head = F.pad(head, (0, 0, 0, -len(head) % DENSE_OUTPUTS)).contiguous()  # 4097 rows, padded to whole tiles
-            self.slow = FusedStack(
-                layers=[fused_layer(block) for block in _blocks(slow.layers)],
-                head=dense_linear(head, out_features=self.num_semantic + 1),
-                norm=slow.norm.weight.detach(),
-                eps=config.norm_eps,
-                hidden=torch.zeros(rows, config.dim, device=device),
-                qkv=torch.zeros(rows, config.qkv_dim, device=device),
-            )
-            self.fast = FusedStack(
-                layers=[fused_layer(block) for block in _blocks(fast.layers)],
-                head=residual_head(fast.output, residual_size),
-                norm=fast.norm.weight.detach(),
-                eps=model.config.fast.norm_eps,
-                hidden=torch.zeros(rows, model.config.fast.dim, device=device),
-                qkv=torch.zeros(rows, model.config.fast.qkv_dim, device=device),
-            )
+            self.slow, self.fast = slow_stack(model, rows), fast_stack(model, residual_size, rows)
             both = (model.config.slow, model.config.fast)
 
             def vectors(width: int) -> Tensor:
@@ -104,12 +82,14 @@ class FusedFrame:
             tiles = max(layer.out.weight.num_tiles for layer in (*self.slow.layers, *self.fast.layers))
             self.squares = [torch.zeros(rows * tiles, device=device) for _ in range(2)]
             self.begun = torch.zeros(rows, 1, device=device)  # the same of vectors that were looked up
-            self.parts = torch.empty(self._most_parts(2 * num_slots), device=device)
+            self.parts = torch.empty(self._most_parts(max(2 * num_slots, prompt_rows)), device=device)
             self.fast_positions = torch.arange(model.config.num_codebooks, device=device)
             self.scratch = [
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
                 for part, most in zip(both, (max_context, model.config.num_codebooks), strict=True)
             ]
+            heads = (config.n_head, config.n_local_heads, config.head_dim, num_splits(min(max_context, PROMPT_CONTEXT)))
+            self.prompt_rows, self.prompt_scratch = prompt_rows, Scratch.make(prompt_rows, *heads, device)
 
     def run(self, state: FrameState, caches: tuple[KVCache, KVCache], table: Tensor, batch: int, context: int) -> None:
         """Feed each of the first slots its column and draw the next one, in place.
@@ -122,7 +102,7 @@ class FusedFrame:
             context: Positions looked at; a row that is further on stays inside.
         """
         fast_table = self.model.fast.rotary.table(self.config.num_codebooks, self.device)
-        self._embed(state, batch)
+        self._embed(state.columns, batch)
         squares = self.begun[:batch]
         for number in range(len(self.slow.layers)):
             layer = self._attention_layer(self.slow, number, caches[0], table, batch)
@@ -145,6 +125,35 @@ class FusedFrame:
             skipped = rows - batch
             self._head(self.fast, self.x[skipped:], batch, squares[skipped:], self.fast_logits)
             self._residual(state, batch, code)
+
+    def read(
+        self, columns: Tensor, positions: Tensor, slot: Tensor, cache: KVCache, table: Tensor, context: int
+    ) -> None:
+        """Bring keys and values of a piece of a prompt into a slot.
+
+        Args:
+            columns: int64 [T, 1+N], T at most `prompt_rows`; padding at the end.
+            positions: int64 [T], rising; those behind the cache's end are padding.
+            slot: int64 [1], which holds the positions before.
+            cache: Of the Slow AR.
+            table: [P, h/2, 2], the Slow AR's rotary rows, for every position of the cache.
+            context: Positions looked at; more than every position that is no padding, at most PROMPT_CONTEXT.
+        """
+        from s2quant.runtime.kernels.pieces import keep
+        from s2quant.runtime.kernels.weights import Then
+
+        rows, squares = len(columns), self.begun[: len(columns)]
+        assert rows <= self.prompt_rows and context <= PROMPT_CONTEXT, (rows, context)
+        self._embed(columns, rows)
+        for number, layer in enumerate(self.slow.layers):
+            attended = self._attention_layer(self.slow, number, cache, table, rows)
+            if number == len(self.slow.layers) - 1:  # what comes after its keys and values, nobody reads
+                then = Then(epilogue="store", out=self.slow.qkv, squares_in=squares, eps=self.slow.eps)
+                self._multiply(layer.qkv, self.x, rows, then)
+                keep(attended, self.slow.qkv, positions, slot, self.how)
+            else:
+                where = [(attended, positions, 0)]
+                squares = self._block(0, number, rows, squares, where, (rows, context), self.prompt_scratch, slot)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
@@ -204,9 +213,11 @@ class FusedFrame:
         where: list[tuple[Layer, Tensor, int]],
         sizes: tuple[int, int],
         scratch: Scratch,
+        slot: Tensor | None = None,
     ) -> Tensor:
         """Run one block; float32 [rows, S], the partial sums of squares of the result."""
         from s2quant.runtime.kernels.attention import attention
+        from s2quant.runtime.kernels.pieces import keep
         from s2quant.runtime.kernels.weights import Then
 
         stack = (self.slow, self.fast)[which]
@@ -215,6 +226,8 @@ class FusedFrame:
         then = Then(epilogue="store", out=stack.qkv, squares_in=squares, eps=stack.eps)
         self._multiply(layer.qkv, self.x, rows, then)
         for attended, positions, first_row in where:
+            if slot is not None:
+                keep(attended, stack.qkv, positions, slot, self.how)
             attention(
                 attended,
                 stack.qkv,
@@ -225,6 +238,7 @@ class FusedFrame:
                 first_row=first_row,
                 context=sizes[1],
                 how=self.how,
+                slot=slot,
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -261,14 +275,14 @@ class FusedFrame:
 
         self._multiply(stack.head, x, rows, Then(epilogue="store", out=out, squares_in=squares, eps=stack.eps))
 
-    def _embed(self, state: FrameState, batch: int) -> None:
+    def _embed(self, columns: Tensor, batch: int) -> None:
         from s2quant.runtime.kernels import steps
 
         slow, config = self.model.slow, self.config
         first = self.slow.layers[0]
         place = self._place(first.qkv, batch)
         steps.embed_kernel[(batch,)](
-            state.columns,
+            columns,
             slow.embeddings.weight,
             slow.codebook_embeddings.weight,
             first.attention_norm,
@@ -361,10 +375,6 @@ class FusedFrame:
             D_BLOCK=_power_of_two(config.fast.dim),
             **steps.options(self.how.early, steps.RESIDUAL_WARPS),
         )
-
-
-def _blocks(layers: nn.ModuleList) -> list[Block]:
-    return [block for block in layers if isinstance(block, Block)]
 
 
 def _power_of_two(number: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from s2quant.model import Block, DualAR
 from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear, triton_obstacle
@@ -51,6 +52,25 @@ def fused_obstacle(model: DualAR, residual_size: int) -> str | None:
         if reason:
             return f"{name}: {reason}"
     return None
+
+
+def frame_obstacle(model: DualAR, residual_size: int, fused: bool | None = None) -> str | None:
+    """Say why frames are not made by our own kernels.
+
+    Args:
+        model: The model, on its device.
+        residual_size: Entries of a residual codebook.
+        fused: Whether they shall be; None: where they can on a GPU.
+
+    Returns:
+        The reason, or None when they are.
+    """
+    if fused is False:
+        return "not wanted"
+    reason = fused_obstacle(model, residual_size)
+    if reason is None and fused is None and model.slow.embeddings.weight.device.type != "cuda":
+        return "a CPU, where Triton only interprets"
+    return reason
 
 
 def _linear_obstacle(module: nn.Module) -> str | None:
@@ -250,4 +270,53 @@ def fused_layer(block: Block) -> FusedLayer:
         q_norm=norms[0],
         k_norm=norms[1],
         qk_eps=eps,
+    )
+
+
+def slow_stack(model: DualAR, rows: int) -> FusedStack:
+    """Gather the Slow AR: its head has the rows of the semantic codes and of im_end, no others.
+
+    Args:
+        model: The model.
+        rows: Of the vectors between its kernels.
+
+    Returns:
+        The stack.
+    """
+    slow, config, ids = model.slow, model.config.slow, model.config
+    weight = slow.embeddings.weight
+    begin, end, im_end = ids.semantic_begin_id, ids.semantic_end_id, ids.im_end_id
+    head = torch.cat([weight[begin : end + 1], weight[im_end : im_end + 1]])
+    count = len(head)
+    head = F.pad(head, (0, 0, 0, -count % DENSE_OUTPUTS)).contiguous()  # 4097 rows, padded to whole tiles
+    return FusedStack(
+        layers=[fused_layer(block) for block in slow.layers if isinstance(block, Block)],
+        head=dense_linear(head, out_features=count),
+        norm=slow.norm.weight.detach(),
+        eps=config.norm_eps,
+        hidden=torch.zeros(rows, config.dim, device=weight.device),
+        qkv=torch.zeros(rows, config.qkv_dim, device=weight.device),
+    )
+
+
+def fast_stack(model: DualAR, residual_size: int, rows: int) -> FusedStack:
+    """Gather the Fast AR.
+
+    Args:
+        model: The model.
+        residual_size: Entries of a residual codebook.
+        rows: Of the vectors between its kernels.
+
+    Returns:
+        The stack.
+    """
+    fast, config = model.fast, model.config.fast
+    device = model.slow.embeddings.weight.device
+    return FusedStack(
+        layers=[fused_layer(block) for block in fast.layers if isinstance(block, Block)],
+        head=residual_head(fast.output, residual_size),
+        norm=fast.norm.weight.detach(),
+        eps=config.norm_eps,
+        hidden=torch.zeros(rows, config.dim, device=device),
+        qkv=torch.zeros(rows, config.qkv_dim, device=device),
     )

@@ -17,7 +17,7 @@ prompt's last position is left to the first frame (`FastDecoder.begin`), which w
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,11 +27,18 @@ from s2quant.model import SlowAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.captures import capture
 
+if TYPE_CHECKING:
+    from s2quant.runtime.fused import FusedFrame
+
 # Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 7 to 14 ms in place of 40 to 97
 # for up to 128 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
 # (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
 # of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
 PROMPT_GRAPHS = True
+# Whether pieces of up to KERNEL_PIECE positions are read by the fused frame's kernels, 7 launches a layer or so, not by
+# 65 operations of torch. Off until a GPU has run them (tools/prompt_check.py --kernels).
+PROMPT_KERNELS = False
+KERNEL_PIECE = 64
 LEAST_PIECE = 16
 MOST_PIECE = 512
 MOST_CONTEXT = 4096  # beyond, the mask of a piece would take more memory than a graph is worth
@@ -48,6 +55,7 @@ class PromptReader:
         captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
         pool: Gives the memory pool of the graphs, which no other stream uses.
         most: Positions of the largest piece; None: MOST_PIECE.
+        fused: Whose kernels read the pieces that are small enough; None: nobody's.
     """
 
     def __init__(
@@ -58,9 +66,10 @@ class PromptReader:
         captured: bool,
         pool: Callable[[], Any] = lambda: None,
         most: int | None = None,
+        fused: FusedFrame | None = None,
     ) -> None:
         self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
-        self.captured, self.pool = captured, pool
+        self.captured, self.pool, self.fused = captured, pool, fused
         self.most = MOST_PIECE if most is None else most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
@@ -136,6 +145,10 @@ class PromptReader:
         """Read a piece; no shape depends on a value, and nothing waits for the device."""
         assert self._table is not None
         positions = self._start + torch.arange(size, device=self._start.device)
+        if self.fused is not None and size <= self.fused.prompt_rows:
+            columns = self._tokens[0, :, :size].T.contiguous()
+            self.fused.read(columns, positions, self._slot, self.cache, self._table, context)
+            return
         rows = self._table[positions.clamp(max=self.cache.capacity - 1)]
         x = self.slow.embed(self._tokens[:, :, :size])
         self.slow.blocks(x, rows, self.cache.piece_attends(self._slot, positions, context))
@@ -146,7 +159,7 @@ def pieces(count: int, most: int) -> list[int]:
 
     Args:
         count: Positions, 1 or more.
-        most: Positions of the largest piece; None: MOST_PIECE.
+        most: Positions of the largest piece.
 
     Returns:
         Sizes in order: as many of the largest as are filled, then the smallest of LEAST_PIECE, 2 LEAST_PIECE, ... that

@@ -1,6 +1,7 @@
 """A killed run that goes on ends as the unbroken one does, in bfloat16, where a clip's companions move its codes."""
 
 import hashlib
+import itertools
 import threading
 
 import numpy as np
@@ -42,6 +43,7 @@ class HashAsr:
 @pytest.fixture(scope="module", autouse=True)
 def listeners():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("s2quant.records.git_commit", lambda: None)  # files are edited while tests run, in a checkout
         patch.setattr(run_module, "load_asr", lambda *_: HashAsr())
         patch.setattr(run_module, "load_similarity", lambda *_: SpectrumModel())
         yield
@@ -63,15 +65,14 @@ def whole(tmp_path_factory, suite, tiny_folder, tiny_quantized):
 def kill(patch, step, number):
     """Stop at a step of writing a clip: before it is done, or after."""
     place, name = (Store, "add_clip") if step.endswith("line") else (module, "save_array")
-    plain, calls = getattr(place, name), 0
+    plain, calls = getattr(place, name), itertools.count(1)
 
     def killed(*args):
-        nonlocal calls
-        calls += 1
-        if calls == number and step.startswith("before"):
+        mine = next(calls)  # threads call at the same time
+        if mine == number and step.startswith("before"):
             raise KeyboardInterrupt
         found = plain(*args)
-        if calls == number and step.startswith("after"):
+        if mine == number and step.startswith("after"):
             raise KeyboardInterrupt
         return found
 
@@ -258,11 +259,10 @@ def test_another_process_may_go_on_with_a_group(suite, tiny_folder, tmp_path):
     assert speak(plan, tmp_path / "whole", 0, 1, tiny_folder) == []
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        calls = []
+        calls = itertools.count(1)
 
         def broken(self, codes, plain=Engine.decode):
-            calls.append(codes)
-            if len(calls) in (2, 6, 7):  # batches break, and what is left of them is spoken alone: other codes
+            if next(calls) in (2, 6, 7):  # batches break, and what is left of them is spoken alone: other codes
                 raise RuntimeError("an illegal memory access")
             return plain(self, codes)
 

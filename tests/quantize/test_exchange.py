@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from s2quant.errors import UserError
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
 from s2quant.files import read_json, sha256_file
+from s2quant.quantize.exchange import Exchange
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "tiny-w4a16-fast8.yaml"
@@ -79,3 +83,27 @@ def test_an_error_ends_both(tiny_folder: Path, tmp_path: Path) -> None:
     assert statuses == [2, 2], "\n".join(error[-4000:] for error in errors)
     assert outputs == ["", ""]
     assert all(f"{tmp_path} exists already" in error for error in errors)
+
+
+def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(monkeypatch):
+    """Two exchanges in one process: what each of them would be sent is played back to the other."""
+    fault = UserError("got", "expected", "todo")
+
+    def failing():
+        raise fault
+
+    for rank, action in ((0, failing), (1, lambda: {1: "one"})):
+        sent = []
+
+        def all_gather(parts, mine, rank=rank, sent=sent):
+            sent.append(mine)
+            other = {1 - rank: None if rank == 0 else vars(fault)}
+            parts[rank], parts[1 - rank] = mine, other
+
+        monkeypatch.setattr("s2quant.quantize.exchange.dist.all_gather_object", all_gather)
+        with pytest.raises(UserError, match="expected") as raised:
+            Exchange(rank=rank, world=2).gather(action)
+        assert len(sent) == 1 and str(raised.value) == str(fault)
+    with pytest.raises(UserError, match="expected"):
+        Exchange().gather(failing)
+    assert Exchange().gather(lambda: {2: "two", 1: "one"}) == {1: "one", 2: "two"}

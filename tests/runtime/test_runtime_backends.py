@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s2quant.runtime.backends import describe_decoding, list_linears
-from s2quant.runtime.fast import frame_obstacle
+from s2quant.runtime.fused_weights import frame_obstacle
 from s2quant.runtime.load import load_model
 
 

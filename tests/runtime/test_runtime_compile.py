@@ -170,11 +170,11 @@ def test_lanes_that_hold_copies_of_the_best_are_the_last(warps, candidates):
     used = {name for name in re.findall(r"\}\) : \(tensor<32x[fi]32, (#\w+)>\)", text) if name in layouts}
     assert used
     for name in used:
-        for part in ("lane", "warp"):
-            bases = [
-                int(base)
-                for base in re.findall(r"\[(\d+)\]", re.findall(rf"{part} = \[(.*?)\](?:,|$)", layouts[name])[0])
-            ]
+        for part, count in (("lane", 5), ("warp", warps.bit_length() - 1)):
+            found = re.search(rf"{part} = \[((?:\[\d+\](?:, )?)*)\]", layouts[name])
+            assert found is not None, layouts[name]
+            bases = [int(base) for base in re.findall(r"\d+", found.group(1))]
+            assert len(bases) == count, (part, layouts[name])
             holds = [base != 0 for base in bases]
             assert holds == sorted(holds, reverse=True), (part, layouts[name])
 

@@ -27,10 +27,10 @@ def test_in_the_interpreter():
     cases.passes_in_the_interpreter(__file__)
 
 
-def models(bits_of):
+def models(bits_of, num_layers=1):
     """Give the same model twice, its quantized linears by the reference and by our kernels."""
     sizes = (128, 4, 2, 32, 128)
-    raw = _config(3, _sizes(1, *sizes, True), _sizes(1, *sizes, False))
+    raw = _config(3, _sizes(num_layers, *sizes, True), _sizes(1, *sizes, False))
     raw["audio_decoder_config"]["tie_word_embeddings"] = False
     torch.manual_seed(0)
     dense = DualAR(S2Config.from_json(raw)).to(torch.bfloat16).eval().requires_grad_(False)
@@ -123,7 +123,46 @@ def test_prompts_in_padded_pieces_are_the_whole_prompt_s(checkpoint):
             assert torch.isfinite(mine).all() and float((mine - its).norm() / its.norm()) < 0.01
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
+def test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s(checkpoint):
+    """Pieces of few and of many rows, against float32 as near as the plain reading is."""
+    from s2quant.runtime.fused import FusedFrame
+    from s2quant.runtime.prompt_graphs import PromptReader
+    from tools.speed import frames
+
+    exact, model = models(CHECKPOINTS[checkpoint], num_layers=2)
+    exact.float()
+    fused, seen = FusedFrame(model, 1, RESIDUAL, 128, prompt_rows=64), []
+    read = fused.read
+    fused.read = lambda columns, *more: (seen.append(len(columns)), read(columns, *more))[1]
+    prompt, device = frames.forced_tokens(model.config, 30, 100), torch.device(DEVICE)
+    cases_here = [(9, 0, [16]), (34, 4, [32]), (127, 120, [16])]  # the last reaches beyond the cache's end
+    if not INSIDE:
+        cases_here += [(120, 0, [64, 64]), (97, 30, [64, 16])]
+    for length, start, rows in cases_here:
+        plain, ours = (KVCache(model.config.slow, 2, 128, device, torch.bfloat16) for _ in range(2))
+        wide = KVCache(model.config.slow, 2, 128, device, torch.float32)
+        read_prompt(model.slow, plain, 1, prompt[:, :length])
+        read_prompt(exact.slow, wide, 1, prompt[:, :length])
+        ours.write(1, *plain.copy(1, start))
+        seen.clear()
+        reader = PromptReader(model.slow, ours, lambda count: 128, captured=False, most=64, fused=fused)
+        reader.read(1, prompt[:, :length], start)
+        assert seen == rows
+        for mine, its, true in zip(*(cache.copy(1, length) for cache in (ours, plain, wide)), strict=True):
+            assert torch.isfinite(mine).all() and torch.equal(mine[:, :, :start], its[:, :, :start])
+            off, plainly = (float((cache - true).norm()) for cache in (mine, its))
+            assert off < (1.5 if INSIDE else 1.1) * plainly < 0.02 * float(true.norm())  # the interpreter only cuts off
+        assert not ours.keys[:, 0].any() and not ours.values[:, 0].any()
+    state, context = fused.scratch[0], fused.prompt_scratch
+    assert not state.arrived.any() and not context.arrived.any()
+
+
 if not INSIDE:
+    test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s = NEEDED(
+        test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s
+    )
     test_prompts_in_padded_pieces_are_the_whole_prompt_s = NEEDED(test_prompts_in_padded_pieces_are_the_whole_prompt_s)
     test_a_dense_model_does_not_start_early = NEEDED(test_a_dense_model_does_not_start_early)
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

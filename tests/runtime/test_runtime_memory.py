@@ -271,9 +271,8 @@ def test_an_evaluation_goes_on_one_by_one(engine, monkeypatch):
 
     assert issubclass(OutOfMemory, UserError)
     jobs = [SimpleNamespace(name=n) for n in range(3)]
-    requests = dict(enumerate(REQUESTS))
-    monkeypatch.setattr(generate, "_request", lambda job, plan, voices: requests[job.name])
-    monkeypatch.setattr(generate, "_write", lambda job, request, speech, engine, store: job.name)
+    ready = list(zip(jobs, REQUESTS[:3], strict=True))
+    monkeypatch.setattr(generate, "_write", lambda job, request, speech, group, engine, store: job.name)
     step, sizes = Decoder.step, []
 
     def crowded(self, columns, positions):
@@ -281,5 +280,5 @@ def test_an_evaluation_goes_on_one_by_one(engine, monkeypatch):
         return lack() if len(positions) > 1 else step(self, columns, positions)
 
     monkeypatch.setattr(Decoder, "step", crowded)
-    assert sorted(generate.speak_jobs(jobs, engine, None, None, None)) == [0, 1, 2]
+    assert sorted(generate._speak(ready, None, engine, None)) == [0, 1, 2]
     assert sizes[0] == 3 and set(sizes[1:]) == {1}

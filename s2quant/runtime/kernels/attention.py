@@ -105,11 +105,11 @@ def _joined(
 
 @triton.jit(do_not_specialize=["first_row", "last_position"])
 def attention_kernel(
-    qkv, q_norm, k_norm, table, positions, keys, values, part_sums, part_stats, arrived, place, out,
+    qkv, q_norm, k_norm, table, positions, slots, keys, values, part_sums, part_stats, arrived, place, out,
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, JOINED_: tl.constexpr,
+    SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, ONE_SLOT: tl.constexpr, JOINED_: tl.constexpr,
     HEADS_BLOCK: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Attend; see the module."""
@@ -123,7 +123,11 @@ def attention_kernel(
     target = head[:, None] * WIDTH + d[None, :]
     h = tl.arange(0, HEADS_BLOCK)
     joined = (kv * SHARE + h % SHARE)[:, None] * WIDTH + d[None, :]
-    cached = slot.to(tl.int64) * slot_stride + kv * head_stride
+    cached = kv * head_stride
+    if ONE_SLOT:
+        cached += tl.load(slots) * slot_stride
+    else:
+        cached += slot.to(tl.int64) * slot_stride
     announce(DEVICE)
     if not FIRST:
         wait(DEVICE)
@@ -164,9 +168,10 @@ def attention_kernel(
         k = k.to(keys.dtype.element_ty)
         v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
         owner = split == live - 1
-        here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
-        tl.store(keys + here, k, d[None, :] >= tl.where(owner, 0, WIDTH))
-        tl.store(values + here, v, d[None, :] >= tl.where(owner, 0, WIDTH))
+        if not ONE_SLOT:
+            here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
+            tl.store(keys + here, k, d[None, :] >= tl.where(owner, 0, WIDTH))
+            tl.store(values + here, v, d[None, :] >= tl.where(owner, 0, WIDTH))
         score = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
         best = tl.where(owner, score, -1e30)
         weight = tl.where(owner, 1.0, 0.0) + tl.zeros((16,), tl.float32)
@@ -198,7 +203,7 @@ def attention_kernel(
 
 
 @triton.jit
-def _turned(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+def turned(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """Read a head [h], normalise and rotate it."""
     x = tl.load(at + d)
     other = tl.load(at + (d ^ 1))
@@ -251,8 +256,8 @@ def short_kernel(
     seen_k = tl.load(keys + there, inside[:, None], 0.0).to(tl.float32)
     seen_v = tl.load(values + there, inside[:, None], 0.0).to(tl.float32)
     v = tl.load(heads + (HEADS + KV_HEADS + kv) * WIDTH + d).to(keys.dtype.element_ty)
-    q = _turned(heads + head * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
-    k = _turned(heads + (HEADS + kv) * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
+    q = turned(heads + head * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+    k = turned(heads + (HEADS + kv) * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
     k = k.to(keys.dtype.element_ty)
     owner = d >= tl.where(head % (HEADS // KV_HEADS) == 0, 0, WIDTH)
     tl.store(keys + cached + position * WIDTH + d, k, owner)
@@ -369,6 +374,7 @@ def attention(
     first_row: int,
     context: int,
     how: How,
+    slot: Tensor | None = None,
 ) -> None:
     """Attend from one new position per row, and keep its key and value.
 
@@ -383,6 +389,7 @@ def attention(
         context: Positions looked at, at most.
         how: How to launch it; with `early` and `loads_first`, positions are those that a kernel not launched early has
             seen written.
+        slot: int64 [1], the slot of all rows, where their keys and values are already; None: each row has its own.
     """
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
@@ -392,8 +399,9 @@ def attention(
     nothing: Any = out
     whole = (
         *(qkv, nothing if layer.q_norm is None else layer.q_norm, nothing if layer.k_norm is None else layer.k_norm),
-        *(layer.table, positions, layer.keys, layer.values),
+        *(layer.table, positions),
     )
+    cached = (layer.keys, layer.values)
     rest = (
         *(nothing if layer.place is None else layer.place, out, first_row, context - 1),
         positions.stride(0) if len(positions) > 1 else 0,
@@ -404,12 +412,14 @@ def attention(
         "PLACED": layer.place is not None, "FIRST": how.loads_first, "DEVICE": not INTERPRETED,
         **early_options(how.early),
     }  # fmt: skip
-    if context <= 16 and how.flat:
-        short_kernel[(batch, heads)](*whole, *rest, BLOCK=16, num_warps=1, **constants)
+    if context <= 16 and how.flat and slot is None:
+        short_kernel[(batch, heads)](*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
     least = least_stretch(batch * kv_heads, how)
     attention_kernel[(batch, kv_heads, num_splits(context, least))](
         *whole,
+        positions if slot is None else slot,
+        *cached,
         *(scratch.sums, scratch.stats, scratch.arrived),
         *rest,
         SPLITS=splits,
@@ -418,7 +428,8 @@ def attention(
         LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
-        AHEAD=how.loads_first and how.keys_first and context > 16 and least == 64,  # more rows need their registers
+        AHEAD=slot is None and how.loads_first and how.keys_first and context > 16 and least == 64,  # else registers
+        ONE_SLOT=slot is not None,
         JOINED_=JOINED,
         HEADS_BLOCK=triton.next_power_of_2(heads // kv_heads),
         num_warps=how.attention_warps,
