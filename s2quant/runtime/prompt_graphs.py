@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from s2quant.runtime.fused import FusedFrame
 
 # Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 7 to 14 ms in place of 40 to 97
-# for up to 128 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
+# for 1 to 65 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
 # (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
 # of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
 PROMPT_GRAPHS = True

@@ -27,7 +27,7 @@ class How:
             and whether a short context's attention has a warp per head.
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
-            used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64.
+            used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64 on an H100.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
