@@ -19,7 +19,8 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
 
     Python's garbage collector does not run meanwhile: to end an old graph is one of the calls that end a capture, too
     (seen on an H100: "operation failed due to a previous error during capture"). What other threads ask of the GPU
-    does not matter. One thread captures at a time; others wait.
+    does not matter. One thread captures at a time; others wait. What fails within is raised as it is: torch, which
+    ends the capture then, may find that broken, too, and would raise that.
 
     Args:
         graph: The graph; new.
@@ -28,10 +29,19 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
     """
     with _ONE:
         collects = gc.isenabled()
+        first: Exception | None = None
         gc.disable()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                yield
+                try:
+                    yield
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:
+            if first is None or error is first:
+                raise
+            raise first from error
         finally:
             if collects:
                 gc.enable()

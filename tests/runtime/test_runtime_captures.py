@@ -45,3 +45,16 @@ def test_it_stays_off_where_it_was_off(asked):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_what_fails_within_is_raised_not_what_torch_finds_afterwards(monkeypatch):
+    class Broken(contextlib.AbstractContextManager):
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: Broken())
+    with pytest.raises(torch.OutOfMemoryError, match="tried"), capture("graph", "pool"):  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("tried to allocate")
+    with pytest.raises(RuntimeError, match="previous error"), capture("graph", "pool"):  # type: ignore[arg-type]
+        pass
+    assert gc.isenabled()
