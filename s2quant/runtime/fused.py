@@ -55,12 +55,13 @@ class FusedFrame:
     ) -> None:
         from s2quant.runtime.kernels.attention import Scratch, num_splits
         from s2quant.runtime.kernels.choice import padded_rows
-        from s2quant.runtime.kernels.launch import MEASURED, MEASURED_DENSE
+        from s2quant.runtime.kernels.launch import measured
         from s2quant.runtime.triton_linear import TritonLinear
 
         is_dense = not any(isinstance(module, TritonLinear) for module in model.modules())
         self.model, self.config = model, model.config
-        self.how = how or (MEASURED_DENSE if is_dense else MEASURED)
+        self._how_of = (lambda batch: measured(is_dense, batch)) if how is None else lambda batch: how
+        self.how = self._how_of(1)  # of the frame at hand
         self.residual_size = residual_size
         config, device = model.config.slow, model.slow.embeddings.weight.device
         self.device = device
@@ -101,6 +102,7 @@ class FusedFrame:
             batch: B.
             context: Positions looked at; a row that is further on stays inside.
         """
+        self.how = self._how_of(batch)
         fast_table = self.model.fast.rotary.table(self.config.num_codebooks, self.device)
         self._embed(state.columns, batch)
         squares = self.begun[:batch]
@@ -144,6 +146,7 @@ class FusedFrame:
 
         rows, squares = len(columns), self.begun[: len(columns)]
         assert rows <= self.prompt_rows and context <= PROMPT_CONTEXT, (rows, context)
+        self.how = self._how_of(1)
         self._embed(columns, rows)
         for number, layer in enumerate(self.slow.layers):
             attended = self._attention_layer(self.slow, number, cache, table, rows)

@@ -93,12 +93,20 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
 
 
 @pytest.mark.parametrize(("checkpoint", "early"), [("bf16", False), ("4 bits, but w2, and an 8-bit Fast AR", True)])
-def test_a_dense_model_does_not_start_early(checkpoint, early):
+def test_a_dense_model_starts_early_with_many_slots_only(checkpoint, early):
     from s2quant.runtime.fast import FastDecoder
 
-    frame = FastDecoder(models(CHECKPOINTS[checkpoint])[1], 1, 16, RESIDUAL, graphs=None, fused=True)._fused
+    decoder = FastDecoder(models(CHECKPOINTS[checkpoint])[1], 33, 16, RESIDUAL, graphs=False, fused=True)
+    frame = decoder._fused
     assert frame is not None
     assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, True, True)
+    seen: list[tuple[int, bool, int]] = []
+    frame._embed = lambda columns, rows: (seen.append((rows, frame.how.early, frame.how.early_dense)), 1 / 0)
+    for batch in (1, 32, 33):
+        with pytest.raises(ZeroDivisionError):
+            decoder.replay((batch, 16, 32))
+    dense = 7 if early else 0
+    assert seen == [(1, early, 7), (32, early, 7), (33, True, dense)]
 
 
 @torch.inference_mode()
@@ -164,5 +172,5 @@ if not INSIDE:
         test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s
     )
     test_prompts_in_padded_pieces_are_the_whole_prompt_s = NEEDED(test_prompts_in_padded_pieces_are_the_whole_prompt_s)
-    test_a_dense_model_does_not_start_early = NEEDED(test_a_dense_model_does_not_start_early)
+    test_a_dense_model_starts_early_with_many_slots_only = NEEDED(test_a_dense_model_starts_early_with_many_slots_only)
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

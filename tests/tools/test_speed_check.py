@@ -59,7 +59,7 @@ def test_variants_leave_out_one_thing_each(check):
     listed = variants_of(check)
     for job in {row[:2] for row in listed}:
         ways = {way: how for *its, way, how in listed if tuple(its) == job}
-        assert len(set(ways.values())) == len(ways) and ways["as used"] == for_model(check.how, job[0])
+        assert len(set(ways.values())) == len(ways) and ways["as used"] == for_model(check.how, *job)
         assert ("without flat" in ways) == ("without many_rows" not in ways) == (job[1] <= 16)
         if "without many_rows" in ways:
             assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches

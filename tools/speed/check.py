@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from s2quant.runtime.kernels.launch import MEASURED
+from s2quant.runtime.kernels.launch import MEASURED, MOST_PATIENT
 
 SHARES = {  # seconds of 360 that a part may take; what one leaves is there for those after it
     "bandwidth": 6, "compile": 45, "kernels": 33, "exact": 42, "frames": 40, "variants": 25, "tune": 35, "settle": 80,
@@ -22,9 +22,11 @@ WHOLE_S = 360
 PARTS = tuple(SHARES)
 
 
-def for_model(how: Any, name: str) -> Any:
-    """Launch as a model's frames are launched: dense ones do not start early."""
-    return replace(how, early=False) if name == "bf16" else how
+def for_model(how: Any, name: str, batch: int) -> Any:
+    """Launch as a model's frames are launched: dense ones of few slots do not start early."""
+    if name != "bf16":
+        return how
+    return replace(how, early=False) if batch <= MOST_PATIENT else replace(how, early_dense=0)
 
 
 def as_first(how: Any) -> Any:

@@ -81,12 +81,12 @@ def compile_part(check: Check) -> None:
     for name in models_of(check):
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
         for batch in batches:
-            wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name))
+            wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name, batch))
     for name, batch, _, how in variants_of(check):
         wanted += frames.listed(model_of(check, name), batch, *sizes, how)
     if "settle" in check.options.only:  # ways that an earlier run has timed; those of this one are compiled by then
         for name, batch in settled(check):
-            how = for_model(check.how, name)
+            how = for_model(check.how, name, batch)
             wanted += settle.jobs_of(listed_jobs(check, name, batch), check.facts.get("tune", []), how)
     for case in cases:  # what the part "linears" compares many rows with
         for rows in (32, 64):
@@ -101,7 +101,7 @@ def compile_part(check: Check) -> None:
 def listed_jobs(check: Check, name: str, batch: int) -> list[linears.Job]:
     """List the linears of a frame, as it is launched."""
     position, residual = 480 if check.big else 40, min(1024, config_of(check.size).codebook_size)
-    return frames.listed(model_of(check, name), batch, position, residual, for_model(check.how, name))
+    return frames.listed(model_of(check, name), batch, position, residual, for_model(check.how, name, batch))
 
 
 def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
@@ -189,7 +189,7 @@ def settle_part(check: Check) -> None:
     named = {f"{name} batch {batch}": (name, batch) for name, batch in settled(check)}
     for title, found in check.items("settle", list(named)):
         name, batch = named[title]
-        model, how = model_of(check, name), for_model(check.how, name)
+        model, how = model_of(check, name), for_model(check.how, name, batch)
         row: dict[str, Any] = {"model": name, "batch": batch}
 
         def milliseconds() -> float:
@@ -274,7 +274,7 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
     for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
-        how, many = for_model(check.how, name), batch > 16
+        how, many = for_model(check.how, name, batch), batch > 16
         switches = [key for key, value in vars(how).items() if isinstance(value, bool)]
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
@@ -304,7 +304,7 @@ def frames_part(check: Check) -> None:
         name, batch, fused = named[title]
         model = model_of(check, name)
         row: dict[str, Any] = {"model": name, "batch": batch}
-        how = for_model(check.how, name)
+        how = for_model(check.how, name, batch)
         check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, how))  # noqa: B023
         found.append(row)
         check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))

@@ -47,11 +47,31 @@ class How:
     attention_warps: int = 4
 
 
-# What is used, as measured (reports/2026-11-26-batches). Early starts win 0.14 ms of a W4A16 frame at batch 1, those of
-# its bf16 products 0.12 more. At 8 rows and more these cost time, and in a bf16 model all of them do: timed with the
-# block sizes before the last tuning.
+# What is used, as measured (reports/2026-11-26-batches and -h100). Early starts win 0.14 ms of a W4A16 frame at batch
+# 1, those of its bf16 products 0.12 more (H200); at 8 rows these cost time. In a bf16 model early starts cost 0.33 ms
+# at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there beyond 32
+# slots, as no number between 1 and 64 was timed.
 MEASURED = How(early=True)
 MEASURED_DENSE = How()
+MEASURED_DENSE_MANY = How(early=True, early_dense=0)
+MOST_PATIENT = 32  # slots of a bf16 model whose kernels wait
+
+
+def measured(dense: bool, num_slots: int) -> How:
+    """Say how a frame's kernels are launched.
+
+    Args:
+        dense: Whether no weight of the model is packed.
+        num_slots: Slots of the frame.
+
+    Returns:
+        What was fastest.
+    """
+    if not dense:
+        return MEASURED
+    return MEASURED_DENSE if num_slots <= MOST_PATIENT else MEASURED_DENSE_MANY
+
+
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
 
 
