@@ -38,6 +38,7 @@ from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS
+from s2quant.runtime.resting import RestingDecoders
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
 from s2quant.runtime.streaming import Chunk, decoded
@@ -117,7 +118,7 @@ class Engine:
         self._chunk_graphs: ChunkGraphs | None = None  # captured when the first stream begins
         self.prefixes = PrefixCache(prefix_bytes)
         self.voices: VoiceCache | None = None
-        self._idle: FastDecoder | None = None  # its graphs outlive a run
+        self._resting = RestingDecoders.on(self.device)
         if codec is not None:
             residual_size = codec.config.residual_size
         self.residual_size = min(residual_size, self.config.codebook_size)
@@ -272,16 +273,17 @@ class Engine:
     def _fast_events(
         self, num_slots: int, requests: Sequence[Request], batches: Sequence[Sequence[str]]
     ) -> Iterator[Event]:
-        """Speak on the fast decoder: the one at rest if it has this many slots, a new one otherwise."""
-        decoder, self._idle = self._idle, None
-        if decoder is None or decoder.num_slots != num_slots or decoder.model is not self.model:
-            decoder = None  # freed before the next one is made
+        """Speak on the fast decoder: one at rest that has this many slots, or a new one."""
+        decoder = self._resting.take(num_slots, self.model)
+        if decoder is None:
+            if not self._resting.most_bytes:
+                self._resting.clear()  # freed before the next one is made
             decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prompt_graphs=self.prompt_graphs)
             decoder.prefixes = self.prefixes
         try:
             yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
         finally:
-            self._idle = decoder
+            self._resting.put(decoder)
 
     def speak(self, request: Request) -> Speech:
         """Speak one request.
@@ -381,8 +383,9 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Give back what the engine holds beside model and codec: the resting decoder's cache, graphs, prefixes."""
-        self._idle = self._chunk_graphs = None
+        """Give back what the engine holds beside model and codec: resting decoders' caches, graphs, prefixes."""
+        self._resting.clear()
+        self._chunk_graphs = None
         self.prefixes.clear()
         memory.release_memory()
 

@@ -120,7 +120,7 @@ def test_replayed_graphs_speak_as_the_plain_decoder(tiny_folder, num_slots):
         for speech in fast.generate(requests):
             assert torch.equal(speech.codes, theirs[speech.index].codes)
             assert speech.stop_reason == theirs[speech.index].stop_reason
-    assert fast._idle is not None and fast._idle._graphs
+    assert fast._resting.newest is not None and fast._resting.newest._graphs
 
 
 @pytest.mark.parametrize("num_slots", [1, 3])
@@ -140,8 +140,12 @@ def test_prompts_read_by_graphs_are_spoken_as_by_the_plain_decoder(tiny_folder, 
         theirs = {speech.index: speech for speech in plain.generate(asked)}
         for speech in fast.generate(asked):
             assert torch.equal(speech.codes, theirs[speech.index].codes)
-        assert fast._idle is not None and fast._idle.reader is not None and fast._idle.reader._graphs
-    assert fast._idle.cache.capacity > 512
+        assert (
+            fast._resting.newest is not None
+            and fast._resting.newest.reader is not None
+            and fast._resting.newest.reader._graphs
+        )
+    assert fast._resting.newest.cache.capacity > 512
 
 
 @pytest.mark.parametrize("kind", ["plain", "fast"])
@@ -231,6 +235,20 @@ def test_a_kept_prefix_on_the_gpu_is_the_same_speech(tiny_folder):
                 for speech in kept.generate(requests):
                     assert torch.equal(speech.codes, theirs[speech.index].codes)
             assert kept.prefixes.hits == 9 and without.prefixes.hits == 0
+
+
+def test_graphs_outlive_runs_of_other_numbers_of_utterances(tiny_folder):
+    engine = load_engine(tiny_folder, device="cuda", dtype=torch.float32, num_slots=3, decoder="fast")
+    requests = [Request(text=f"Number {n}.", seed=n, max_frames=12) for n in range(3)]
+    seen = []
+    for _ in range(2):
+        for some in (requests, requests[:1]):
+            codes = {speech.index: speech.codes for speech in engine.generate(some)}
+            decoder = engine._resting.newest
+            seen.append((decoder, dict(decoder._graphs), dict(decoder.reader._graphs), codes))
+    for first, again in ((seen[0], seen[2]), (seen[1], seen[3])):
+        assert first[:3] == again[:3] and first[1] and first[2]
+        assert all(torch.equal(first[3][n], again[3][n]) for n in first[3])
 
 
 @pytest.mark.parametrize("kind", ["plain", "fast"])

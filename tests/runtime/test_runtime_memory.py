@@ -213,7 +213,7 @@ def test_a_lack_of_memory_while_speaking(tiny_folder, monkeypatch, kind, owner, 
         with pytest.raises(OutOfMemory, match=r"Tried to allocate 5\.00 GiB\. \(while speaking, up to 3") as caught:
             list(engine.generate(REQUESTS))
     assert "much more to say" not in str(caught.value) and "the engine can go on" in caught.value.todo
-    assert engine._idle is None and len(engine.prefixes) == 0
+    assert engine._resting.newest is None and len(engine.prefixes) == 0
     gc.collect()
     assert made == [1]
     assert not alive  # although the error is still held here

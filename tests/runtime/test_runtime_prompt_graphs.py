@@ -270,6 +270,6 @@ def test_on_a_cpu_it_is_off_unless_asked_for(small_models, tiny_folder, prompt_e
     for asked in (None, True):
         engine = load_engine(tiny_folder, dtype=torch.float32, decoder="fast", prompt_graphs=asked)
         engine.speak(Request(text="Hi.", max_frames=2))
-        assert (engine._idle.reader is not None) == bool(asked)
+        assert (engine._resting.newest.reader is not None) == bool(asked)
     with pytest.raises(UserError, match="prompt graphs and the plain decoder"):
         prompt_engine(prompt_graphs=True)

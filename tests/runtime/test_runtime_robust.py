@@ -81,7 +81,7 @@ def test_both_decoders_say_the_same_far_out_and_up_to_the_last_position(folder_o
         assert torch.equal(ours.codes, theirs.codes) and ours.stop_reason == theirs.stop_reason == "limit"
         length = ours.num_prompt_tokens + ours.codes.shape[1]
         assert ours.index == 1 or length == min(positions, ours.num_prompt_tokens + frames)
-    assert max(fast._idle.positions) > (8250 if positions == LONG else 698)
+    assert max(fast._resting.newest.positions) > (8250 if positions == LONG else 698)
     assert torch.equal(fast.speak(requests[1]).codes, plain.speak(requests[1]).codes)
 
 
@@ -96,7 +96,7 @@ def test_odd_numbers_of_slots_say_what_each_says_alone(tiny_folder, num_slots, n
     requests = [Request(text="word " * (n % 3 + 1), seed=n, max_frames=5 + 7 * (n % 4)) for n in range(num_requests)]
     for speech in fast.generate(requests):
         assert torch.equal(speech.codes, plain.speak(requests[speech.index]).codes)
-    assert fast._idle.num_slots == min(num_slots, num_requests)
+    assert fast._resting.newest.num_slots == min(num_slots, num_requests)
 
 
 def test_buckets_of_odd_numbers(tiny_folder, monkeypatch):
