@@ -80,7 +80,7 @@ class Clock:
 
 
 def timed_speech(folder: Path, device: str, num_frames: int) -> dict[str, Any]:
-    """Speak once to warm up and once for the clock, past every end of speech; eager PyTorch, batch 1."""
+    """Speak once to warm up and once for the clock, past every end of speech, batch 1."""
     from s2quant import load_engine
     from s2quant.runtime.speech import Request
 
@@ -136,6 +136,8 @@ def main() -> int:
     from s2quant.records import git_commit, versions
     from s2quant.runtime.load import device_name, parse_device
 
+    if options.model is not None and options.model.resolve().is_relative_to(options.work.resolve()):
+        raise SystemExit(f"--model {options.model} lies in --work {options.work}, which is emptied first: move one")
     options.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
@@ -268,9 +270,7 @@ def markdown(facts: dict[str, Any]) -> str:
         ("output error of round-to-nearest, median", f"{errors['median_rtn']:.4f}"),
     ]  # fmt: skip
     for name, speech in facts["speech"].items():
-        rows.append(
-            (f"{name}: eager speech, ms/frame (RTF)", f"{speech['ar_ms_per_frame']:.1f} ({speech['ar_rtf']:.2f})")
-        )
+        rows.append((f"{name}: speech, ms/frame (RTF)", f"{speech['ar_ms_per_frame']:.1f} ({speech['ar_rtf']:.2f})"))
         rows.append((f"{name}: peak GPU memory, GB", gigabytes(speech["peak_device_bytes"])))
         rows.append((f"{name}: load, s", f"{speech['load_s']:.1f}"))
         rows.append((f"{name}: sound finite, RMS", f"{speech['audio_is_finite']}, {speech['audio_rms']:.3f}"))

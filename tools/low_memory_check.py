@@ -59,12 +59,15 @@ def killed(launcher: Launcher, words: Sequence[str], stages: Path, wanted: int, 
             launcher.command(words, shared=False),
             cwd=ROOT, env=launcher.environment(), stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-        while process.poll() is None and time.perf_counter() - began < limit_s and finished(stages) < wanted:
-            time.sleep(POLL_S)
-        status = process.poll()
-        if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        status = None
+        try:
+            while process.poll() is None and time.perf_counter() - began < limit_s and finished(stages) < wanted:
+                time.sleep(POLL_S)
+            status = process.poll()
+        finally:  # also when this script is ended itself
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return {"seconds": time.perf_counter() - began, "stages": finished(stages), "status": status}
 
 

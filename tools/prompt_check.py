@@ -79,7 +79,7 @@ class Readings:
         for most in dict.fromkeys((MOST_PIECE, *options.mosts)):
             self.readers[str(most)] = self.reader(most)
         if options.kernels:
-            fused = FusedFrame(self.model, 3, 1024, most_positions, prompt_rows=KERNEL_PIECE)
+            fused = FusedFrame(self.model, 3, 1024, self.decoder.max_positions, prompt_rows=KERNEL_PIECE)
             self.readers["kernels"] = self.reader(MOST_PIECE, fused)
 
     def reader(self, most: int, fused: FusedFrame | None = None) -> PromptReader:

@@ -6,7 +6,8 @@ holds the sum that one alone would have. Linears of a subset are solved in turn 
 found is sent to all. Nothing else crosses: held-out batches are run by everybody.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
-computed by the same operations on the same numbers, whoever computes it. An error of one process is raised in all.
+computed by the same operations on the same numbers, whoever computes it. An error that one process meets in its share
+is raised in all; one in what each does for itself, such as loading, is not.
 """
 
 from __future__ import annotations

@@ -28,14 +28,15 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
         stream: Where it is captured; None: on torch's own stream for captures, of the current device.
     """
     with _ONE:
-        collects = gc.isenabled()
-        first: Exception | None = None
+        collects, on_gpu = gc.isenabled(), torch.cuda.is_available()
+        before = torch.cuda.current_stream() if on_gpu else None
+        first: BaseException | None = None
         gc.disable()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 try:
                     yield
-                except Exception as error:
+                except BaseException as error:
                     first = error
                     raise
         except Exception as error:
@@ -43,5 +44,8 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
                 raise
             raise first from error
         finally:
+            first = None  # its traceback has this frame
+            if before is not None:
+                torch.cuda.set_stream(before)  # which torch does not do where it cannot end the capture
             if collects:
                 gc.enable()

@@ -276,14 +276,14 @@ class Engine:
         """Speak on the fast decoder: one at rest that has this many slots, or a new one."""
         decoder = self._resting.take(num_slots, self.model)
         if decoder is None:
-            if not self._resting.most_bytes:
-                self._resting.clear()  # freed before the next one is made
             decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prompt_graphs=self.prompt_graphs)
             decoder.prefixes = self.prefixes
         try:
             yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()
-        finally:
+        except GeneratorExit:  # nobody wants the rest
             self._resting.put(decoder)
+            raise
+        self._resting.put(decoder)  # not after an error: who knows what state it is in
 
     def speak(self, request: Request) -> Speech:
         """Speak one request.

@@ -13,14 +13,17 @@ import torch
 from s2quant.model import DualAR
 from s2quant.runtime.fast import FastDecoder
 
-SHARE = 1 / 32  # of a GPU's memory, for the keys and values of decoders beside the one used last
+SHARE = 1 / 32  # of a GPU's memory, for keys and values of decoders at rest while another one is made
+MOST_DECODERS = 3  # each has graphs, and vectors and heads of its own, which are not counted
 
 
 class RestingDecoders:
     """The decoders that were used last, one for each number of slots.
 
+    The one used last is kept whatever it has, until one of other slots is wanted.
+
     Args:
-        most_bytes: Of the keys and values of all of them; the one used last is kept whatever it has.
+        most_bytes: Of the keys and values of all that are kept while another decoder is made, or beside the newest.
     """
 
     def __init__(self, most_bytes: float = 0) -> None:
@@ -55,11 +58,14 @@ class RestingDecoders:
             model: Its model; those of another are given up.
 
         Returns:
-            The decoder, which is not kept here meanwhile; None: there is none.
+            The decoder, which is not kept here meanwhile; None: there is none, and what is kept has made room for one.
         """
         for slots in [slots for slots, decoder in self._kept.items() if decoder.model is not model]:
             del self._kept[slots]
-        return self._kept.pop(num_slots, None)
+        found = self._kept.pop(num_slots, None)
+        if found is None:
+            self._make_room(0)
+        return found
 
     def put(self, decoder: FastDecoder) -> None:
         """Keep a decoder, and give up what there is no room for, those first that were used longest ago.
@@ -69,7 +75,18 @@ class RestingDecoders:
         """
         self._kept.pop(decoder.num_slots, None)
         self._kept[decoder.num_slots] = decoder
-        while len(self._kept) > 1 and sum(kept.cache.num_bytes for kept in self._kept.values()) > self.most_bytes:
+        self._make_room(1)
+
+    def _make_room(self, spared: int) -> None:
+        """Give up decoders, those first that were used longest ago, until the others are few and small enough.
+
+        Args:
+            spared: Of the newest, kept whatever they have.
+        """
+        while len(self._kept) > spared and (
+            len(self._kept) > MOST_DECODERS
+            or sum(kept.cache.num_bytes for kept in self._kept.values()) > self.most_bytes
+        ):
             self._kept.popitem(last=False)
 
     def clear(self) -> None:

@@ -55,6 +55,8 @@ def test_what_fails_within_is_raised_not_what_torch_finds_afterwards(monkeypatch
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: Broken())
     with pytest.raises(torch.OutOfMemoryError, match="tried"), capture("graph", "pool"):  # type: ignore[arg-type]
         raise torch.OutOfMemoryError("tried to allocate")
+    with pytest.raises(KeyboardInterrupt), capture("graph", "pool"):  # type: ignore[arg-type]
+        raise KeyboardInterrupt
     with pytest.raises(RuntimeError, match="previous error"), capture("graph", "pool"):  # type: ignore[arg-type]
         pass
     assert gc.isenabled()

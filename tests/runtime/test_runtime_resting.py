@@ -2,12 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from s2quant.runtime import engine as engine_module
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.loading import load_engine
-from s2quant.runtime.resting import RestingDecoders
+from s2quant.runtime.resting import MOST_DECODERS, RestingDecoders
 from s2quant.runtime.speech import Request
 
 MODEL, OTHER = object(), object()
@@ -38,14 +39,31 @@ def test_those_used_longest_ago_make_room():
     for slots in (2, 3):
         resting.put(decoders[slots])
     resting.put(large := decoder(8, 101))  # the one used last is kept whatever it has
-    assert [resting.take(slots, MODEL) for slots in (2, 3, 8)] == [None, None, large]
+    assert resting.newest is large and resting.take(8, MODEL) is large and resting.newest is None
+
+
+def test_what_is_too_large_is_given_up_before_another_is_made():
+    resting = RestingDecoders(100)
+    resting.put(decoder(64, 101))
+    assert resting.take(60, MODEL) is None and resting.newest is None
+    resting.put(small := decoder(8, 100))
+    assert resting.take(60, MODEL) is None and resting.newest is small
+
+
+def test_no_more_are_kept_than_a_few():
+    resting = RestingDecoders(100)
+    for slots in range(1, MOST_DECODERS + 2):
+        resting.put(decoder(slots, 1))
+    assert len(resting._kept) == MOST_DECODERS and resting.take(1, MODEL) is None
 
 
 def test_without_room_the_newest_is_kept():
     resting, one, two = RestingDecoders(), decoder(1, 10), decoder(2, 10)
     resting.put(one)
     resting.put(two)
-    assert resting.take(1, MODEL) is None and resting.take(2, MODEL) is two
+    assert resting.newest is two and resting.take(2, MODEL) is two
+    resting.put(two)
+    assert resting.take(1, MODEL) is None and resting.newest is None
     assert RestingDecoders.on(torch.device("cpu")).most_bytes == 0
 
 
@@ -57,11 +75,12 @@ def test_those_of_another_model_are_given_up():
 
 
 def test_an_engine_takes_them_up_again_and_says_the_same(tiny_folder, monkeypatch):
-    made = []
+    made, beside = [], []
 
     class Counted(FastDecoder):
         def __init__(self, model, num_slots, *more, **named):
             made.append(num_slots)
+            beside.append(engine._resting.newest)
             super().__init__(model, num_slots, *more, **named)
 
     monkeypatch.setattr(engine_module, "FastDecoder", Counted)
@@ -69,6 +88,7 @@ def test_an_engine_takes_them_up_again_and_says_the_same(tiny_folder, monkeypatc
     said = {}
     for room in (0, 1e9):
         made.clear()
+        beside.clear()
         engine = load_engine(tiny_folder, dtype=torch.float32, num_slots=3, decoder="fast")
         engine._resting.most_bytes = room
         said[room] = [
@@ -76,8 +96,25 @@ def test_an_engine_takes_them_up_again_and_says_the_same(tiny_folder, monkeypatc
             for some in (requests, requests[1:2], requests, requests[:2], requests[1:2])
         ]
         assert made == ([3, 1, 2] if room else [3, 1, 3, 2, 1])
+        assert [kept is None for kept in beside] == ([True, False, False] if room else [True] * 5)
         assert len({id(kept) for kept in engine._resting._kept.values()}) == (3 if room else 1)
         engine.release()
         assert engine._resting.newest is None
     for mine, theirs in zip(*said.values(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_decoder_whose_run_broke_is_not_taken_up_again(tiny_folder, monkeypatch):
+    engine = load_engine(tiny_folder, dtype=torch.float32, num_slots=2, decoder="fast")
+    request = Request(text="Hello.", seed=1, max_frames=8)
+    said = engine.speak(request).codes
+    first = engine._resting.newest
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(FastDecoder, "launch", lambda self, count: (_ for _ in ()).throw(RuntimeError("broken")))
+        engine.speak(request)
+    assert engine._resting.newest is None
+    assert torch.equal(engine.speak(request).codes, said) and engine._resting.newest is not first
+    events = engine.events([request])
+    next(events)
+    events.close()  # nobody wants the rest
+    assert engine._resting.newest is not None and torch.equal(engine.speak(request).codes, said)
