@@ -35,13 +35,15 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--prompt-graphs",
         action=argparse.BooleanOptionalAction,
-        help="fast: prompts in padded pieces, on a GPU by graphs",
+        help="fast: prompts in padded pieces, by graphs; the default on a GPU",
     )
     command.add_argument(
         "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
     )
     command.add_argument(
-        "--codec-graphs", action=argparse.BooleanOptionalAction, help="streams' first sound by a graph, on a GPU"
+        "--codec-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="streams' first sound by a graph; the default on a GPU",
     )
     command.add_argument("--voice", type=Path, metavar="WAV", help="whose first sound is timed; else ten s of noise")
     command.add_argument("--voice-text", metavar="TEXT", help="what is said in it")

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
 # of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
 PROMPT_GRAPHS = True
-# Whether pieces of up to KERNEL_PIECE positions are read by the fused frame's kernels, 7 launches a layer or so, not by
-# 65 operations of torch. Off until a GPU has run them (tools/prompt_check.py --kernels).
+# Whether pieces of up to KERNEL_PIECE positions are read by the fused frame's kernels, 6 to 9 launches a layer, not by
+# some 65 operations of torch. Off until a GPU has run them (tools/prompt_check.py --kernels).
 PROMPT_KERNELS = False
 KERNEL_PIECE = 64
 LEAST_PIECE = 16

@@ -28,6 +28,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, wait
+from s2quant.runtime.kernels.short import short_kernel
 
 SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
 LONGEST = 32768
@@ -200,76 +201,6 @@ def attention_kernel(
         else:
             result = sums / weight[:, None]
             tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty), mine[:, None])
-
-
-@triton.jit
-def turned(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """Read a head [h], normalise and rotate it."""
-    x = tl.load(at + d)
-    other = tl.load(at + (d ^ 1))
-    if NORM:
-        scale = 1 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
-        x *= scale * weight.to(tl.float32)
-        other *= scale * swapped.to(tl.float32)
-    return x * cos.to(tl.float32) + other * tl.where(d % 2 == 0, -sin.to(tl.float32), sin.to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["first_row", "last_position"])
-def short_kernel(
-    qkv, q_norm, k_norm, table, positions, keys, values, place, out,
-    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
-    BLOCK: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
-):  # fmt: skip
-    """Attend over a context of one block: a warp has one row and one query head, and meets nobody."""
-    announce(DEVICE)
-    if not FIRST:
-        wait(DEVICE)
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
-    kv = head // (HEADS // KV_HEADS)
-    d = tl.arange(0, WIDTH)
-    position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
-    angles = table + position * WIDTH + d // 2 * 2
-    cos = tl.load(angles)
-    sin = tl.load(angles + 1)
-    q_weight = cos
-    q_swapped = cos
-    k_weight = cos
-    k_swapped = cos
-    if NORM:
-        q_weight = tl.load(q_norm + d)
-        q_swapped = tl.load(q_norm + (d ^ 1))
-        k_weight = tl.load(k_norm + d)
-        k_swapped = tl.load(k_norm + (d ^ 1))
-    target = head * WIDTH + d
-    if PLACED:
-        target = tl.load(place + target)
-    if FIRST:
-        wait(DEVICE)
-    row = first_row + slot
-    heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
-    cached = slot.to(tl.int64) * slot_stride + kv * head_stride
-    p = tl.arange(0, BLOCK)
-    inside = p < position
-    there = cached + p[:, None] * WIDTH + d[None, :]
-    seen_k = tl.load(keys + there, inside[:, None], 0.0).to(tl.float32)
-    seen_v = tl.load(values + there, inside[:, None], 0.0).to(tl.float32)
-    v = tl.load(heads + (HEADS + KV_HEADS + kv) * WIDTH + d).to(keys.dtype.element_ty)
-    q = turned(heads + head * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
-    k = turned(heads + (HEADS + kv) * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
-    k = k.to(keys.dtype.element_ty)
-    owner = d >= tl.where(head % (HEADS // KV_HEADS) == 0, 0, WIDTH)
-    tl.store(keys + cached + position * WIDTH + d, k, owner)
-    tl.store(values + cached + position * WIDTH + d, v, owner)
-    own = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=0) * scale
-    scores = tl.where(inside, tl.sum(seen_k * q.to(tl.float32)[None, :], axis=1) * scale, -1e30)
-    best = tl.maximum(tl.max(scores, axis=0), own)
-    shares = tl.exp2(scores - best)
-    its = tl.exp2(own - best)
-    sums = tl.sum(seen_v * shares[:, None], axis=0) + its * v.to(tl.float32)
-    result = sums / (tl.sum(shares, axis=0) + its)
-    tl.store(out + row * (HEADS * WIDTH) + target, result.to(out.dtype.element_ty))
 
 
 def least_stretch(rows: int, how: How) -> int:

@@ -15,8 +15,9 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.attention import Layer, turned
+from s2quant.runtime.kernels.attention import Layer
 from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options
+from s2quant.runtime.kernels.short import turned
 
 
 @triton.jit(do_not_specialize=["last_position"])
