@@ -1,9 +1,9 @@
 """Several processes that quantize one model together, and end with the same bytes as one alone.
 
-Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; the
-products of n consecutive batches are exchanged and added in the order of the batches by everybody, so every process
-holds the sum that one alone would have. Linears of a subset are solved in turn by different processes, and what one
-found is sent to all. Nothing else crosses: held-out batches are run by everybody.
+Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; of n
+consecutive batches each process is sent the rows of which it keeps the sum, and adds them in the order of the batches,
+so that all rows together are the sum that one alone would have. Linears of a subset are solved in turn by different
+processes, and what one found is sent to all. Nothing else crosses: held-out batches are run by everybody.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
 computed by the same operations on the same numbers, whoever computes it. An error that one process meets in its share
@@ -12,8 +12,9 @@ is raised in all; one in what each does for itself, such as loading, is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -62,28 +63,70 @@ class Exchange:
         """
         return index % self.world == self.rank
 
-    def accumulate(self, hessian: Hessian, product: Product | None) -> None:
-        """Add the products of n consecutive batches, one of each process, in the order of the processes; in place.
+    def sum(self, hessian: Hessian, num_batches: int, product_of: Callable[[int], Product | None]) -> None:
+        """Add the products of all batches in their order, in place; each is computed by the process that owns it.
+
+        Every process adds up a block of rows: of each round of products, one of each process, it is sent its block by
+        all, while the next product is being computed. In the end everybody is sent all blocks. The numbers are added
+        in the order of the batches, so the sum is that of one process alone; a batch of which no row counts adds
+        zeros.
 
         Args:
-            hessian: The sum.
-            product: This process's; None when it has none, or none of its rows counts.
+            hessian: The sum; nothing has been added to it.
+            num_batches: Batches.
+            product_of: Computes the product of one of this process's batches; None where no row counts.
+
+        Raises:
+            UserError: A product raised one; raised in every process.
         """
         if self.world == 1:
-            if product is not None:
-                hessian.accumulate(product)
+            for index in range(num_batches):
+                product = product_of(index)
+                if product is not None:
+                    hessian.accumulate(product)
             return
-        counts: list[tuple[int, float] | None] = [None] * self.world
-        dist.all_gather_object(counts, None if product is None else (product.num_tokens, product.total))
-        for rank, count in enumerate(counts):
-            if count is None:
-                continue
-            matrix = product.matrix if product is not None and rank == self.rank else self._empty(hessian)
-            dist.broadcast(matrix, rank, group=self.group)
-            hessian.accumulate(Product(matrix=matrix, num_tokens=count[0], total=count[1]))
+        inputs = hessian.in_features
+        bounds = [inputs * rank // self.world for rank in range(self.world + 1)]
+        sizes = [bounds[rank + 1] - bounds[rank] for rank in range(self.world)]
+        rows = sizes[self.rank]
+        total = torch.zeros(rows, inputs, device=hessian.device)
+        counts: dict[int, tuple[int, float]] = {}
+        error: UserError | None = None
+        under_way: tuple[Any, Tensor, Tensor] | None = None
 
-    def _empty(self, hessian: Hessian) -> Tensor:
-        return torch.empty(hessian.in_features, hessian.in_features, device=hessian.device)
+        def add(under_way: tuple[Any, Tensor, Tensor]) -> None:
+            work, _sent, received = under_way
+            work.wait()
+            for block in received.view(self.world, rows, inputs):
+                total.add_(block)
+
+        for start in range(0, num_batches, self.world):
+            index, product = start + self.rank, None
+            if index < num_batches and error is None:
+                try:
+                    product = product_of(index)
+                except UserError as caught:  # the others are told at the end
+                    error = caught
+            if product is not None:
+                counts[index] = product.num_tokens, product.total
+            sent = torch.zeros(inputs, inputs, device=hessian.device) if product is None else product.matrix
+            received = torch.empty(self.world * rows, inputs, device=hessian.device)
+            if under_way is not None:
+                add(under_way)
+            work = dist.all_to_all_single(received, sent, [rows] * self.world, sizes, group=self.group, async_op=True)
+            under_way = work, sent, received
+        if under_way is not None:
+            add(under_way)
+        found = self.gather(partial(_given, counts, error))
+        if not found:
+            return
+        whole = torch.empty(inputs, inputs, device=hessian.device)
+        whole[bounds[self.rank] : bounds[self.rank + 1]] = total
+        for rank, size in enumerate(sizes):
+            if size:
+                dist.broadcast(whole[bounds[rank] : bounds[rank + 1]], rank, group=self.group)
+        num_tokens = sum(count for count, _ in found.values())
+        hessian.accumulate(Product(matrix=whole, num_tokens=num_tokens, total=_in_order(found.values())))
 
     def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Solved]:
         """Work on tasks side by side, each in one process, and give all results to all.
@@ -211,6 +254,21 @@ class Exchange:
             dist.broadcast(tensors[name], owner, group=self.group)
         weight = QuantizedWeight(**tensors, bits=found["bits"], group_size=found["group_size"])
         return weight, found["record"]
+
+
+def _given(value: T, error: UserError | None) -> T:
+    """Give a value, or raise."""
+    if error is not None:
+        raise error
+    return value
+
+
+def _in_order(counts: Iterable[tuple[int, float]]) -> float:
+    """Add the weights of batches as one process alone does."""
+    total = 0.0
+    for _, weight in counts:
+        total += weight
+    return total
 
 
 def _raise(fault: Mapping[str, str] | None) -> None:

@@ -228,11 +228,7 @@ def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | 
     module = stage.module.get_submodule(linear)
     assert isinstance(module, nn.Linear)
     hessian = Hessian(module.in_features, f"{stage.name}.{linear}", stream.device)
-    for start in range(0, stream.num_used, exchange.world):
-        index = start + exchange.rank
-        product = hessian.product(*stream.inputs(stage, linear, index)) if index < stream.num_used else None
-        exchange.accumulate(hessian, product)
-        del product
+    exchange.sum(hessian, stream.num_used, lambda index: hessian.product(*stream.inputs(stage, linear, index)))
     return hessian
 
 

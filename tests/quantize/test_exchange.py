@@ -26,6 +26,46 @@ status = main(sys.argv[1:])
 check_group_ended()
 sys.exit(status)
 """
+SUM = """
+import sys
+import torch
+from torch import distributed as dist
+from s2quant.errors import UserError
+from s2quant.quantize.exchange import Exchange, join_exchange
+from s2quant.quantize.hessian import Hessian
+
+rank, world = int(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"tcp://127.0.0.1:{sys.argv[3]}")
+exchange = join_exchange(rank, world, torch.device("cpu"))
+
+
+def summed(by, inputs, batches, bad=None):
+    hessian = Hessian(inputs, "wo", "cpu")
+
+    def product_of(index):
+        generator = torch.Generator().manual_seed(index)
+        rows = torch.randn(5 + index, inputs, generator=generator)
+        weights = torch.rand(5 + index, generator=generator) * (index != 3)  # of one batch no row counts
+        return hessian.product(torch.full_like(rows, float("nan")) if index == bad else rows, weights)
+
+    by.sum(hessian, batches, product_of)
+    return hessian
+
+
+for inputs, batches in ((7, 8), (2, 5), (16, 1), (5, 0)):
+    ours, alone = summed(exchange, inputs, batches), summed(Exchange(), inputs, batches)
+    assert ours.num_tokens == alone.num_tokens and ours._total == alone._total
+    assert (ours._sum is None) == (alone._sum is None) == (batches == 0)
+    assert batches == 0 or torch.equal(ours.matrix(), alone.matrix())
+for bad in (0, 7):
+    try:
+        summed(exchange, 7, 8, bad)
+    except UserError as error:
+        assert "NaN" in str(error)
+    else:
+        raise AssertionError("no error")
+dist.destroy_process_group()
+"""
 
 
 def run_two(folder: Path, words: list[str]) -> tuple[list[int], list[str], list[str]]:
@@ -74,6 +114,20 @@ def test_two_processes_end_with_the_bytes_of_one(tiny_folder: Path, tmp_path: Pa
     assert all(fact["processes"][0]["peak_host_bytes"] == fact["peak_host_bytes"] for fact in facts)
     dynamic = read_json(tmp_path / "one" / "quantize_config.json")["dynamic"]
     assert dynamic[r"+:^audio_decoder\.output$"] == {"bits": 8, "group_size": 64}
+
+
+def test_sums_of_three_processes_are_those_of_one():
+    """Rows that three do not share evenly, fewer rows or batches than processes, and an error of one is one of all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SUM, str(rank), "3", str(port)], env=environment) for rank in range(3)
+    ]
+    for process in processes:
+        _wait(process)
+    assert [process.returncode for process in processes] == [0, 0, 0]
 
 
 def test_an_error_ends_both(tiny_folder: Path, tmp_path: Path) -> None:
