@@ -14,6 +14,7 @@ together on the host), and a cap on what torch may take, so that a run which nee
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def device_cap(device: torch.device | None) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        limit_memory(device, math.inf)
 
 
 def take_peak_bytes(device: torch.device) -> int | None:
