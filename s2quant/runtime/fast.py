@@ -22,7 +22,7 @@ from torch import Tensor
 from s2quant.errors import UserError
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.captures import capture
+from s2quant.runtime.captures import capture, warm_up_stream
 from s2quant.runtime.decoder import residual_codes
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import frame_obstacle
@@ -298,7 +298,7 @@ class FastDecoder:
         where = self.state.positions[: key[0]].clamp(max=self.cache.capacity - 1)
         rows = torch.arange(key[0], device=self.device)
         kept = [part[:, rows, :, where].clone() for part in (self.cache.keys, self.cache.values)]
-        stream = torch.cuda.Stream(self.device)
+        stream = warm_up_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._frame(*key)  # warm-up: libraries choose their kernels and take their work space
