@@ -1,14 +1,16 @@
-"""Quantize within 12 GB of a GPU, killed on the way and gone on with, and hold the result to that of one go.
+"""Quantize within 12 GB of a GPU, killed on the way and gone on with, or by several GPUs; hold that to one plain go.
 
     python tools/gpu_check.py --out OUT --work WORK --sequences 256 --full-length --keep
     python tools/low_memory_check.py --out OUT2 --work WORK [--stages 12] [--sequences 256]
+    python tools/low_memory_check.py --out OUT3 --work WORK --processes 2
 
 The first command leaves under WORK a bf16 checkpoint, its quantized folder, the calibration set and, where sequences
 have their full length, the recipe; the second quantizes the same once more by `s2quant quantize --low-memory`, ends it
 with SIGKILL as soon as so many stages are done, goes on with `--resume`, and compares every tensor. What it takes is
 measured by the run itself (manifest.json), of the process that went on. The calibration set is read, not spoken again:
-with two lines at a time that would take longer than all else. Writes DIR/low_memory.json. Exit status 1: something
-differs, failed, or was done before it could be killed. `--size tiny --device cpu` tries the script itself.
+with two lines at a time that would take longer than all else. Writes DIR/low_memory.json. With --processes the same
+is quantized in one go by so many processes instead, in all the memory there is, to DIR/shared.json. Exit status 1:
+something differs, failed, or was done before it could be killed. `--size tiny --device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=256, help="as gpu_check.py was told")
     parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed")
+    parser.add_argument("--processes", type=int, default=1, help="more than 1: shared, in one go, instead")
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--preload", type=Path, nargs="*", default=[], help="libraries of torch operations")
     options = parser.parse_args(words)
@@ -104,29 +107,41 @@ def main(words: Sequence[str] | None = None) -> int:
     work, until = options.work.absolute(), time.perf_counter() + options.seconds
     own = work / RECIPES[options.size]
     recipe = own if own.exists() else ROOT / "recipes" / RECIPES[options.size]
-    launcher = Launcher(num_processes=1, preload=options.preload, log=(options.out / "low_memory.log").absolute())
-    out = work / "low-memory"
+    shared = options.processes > 1
+    log = (options.out / f"{'shared' if shared else 'low_memory'}.log").absolute()
+    launcher = Launcher(num_processes=options.processes, preload=options.preload, log=log)
+    out = work / ("shared" if shared else "low-memory")
     partial = out.with_name(f"{out.name}.partial")
     for folder in (out, partial):
         shutil.rmtree(folder, ignore_errors=True)
     line = ["quantize", str(recipe), "--model", str(work / "bf16"), "--out", str(out), "--device", options.device]
     line += ["--calibration", str(work / "calibration.safetensors"), "--sequences", str(options.sequences)]
-    line += ["--low-memory", "--quiet"]
+    line += ["--quiet"] if shared else ["--low-memory", "--quiet"]
     facts: dict[str, Any] = {"recipe": recipe.name, "sequences": options.sequences}
 
     def keep() -> None:
-        write_json(options.out / "low_memory.json", facts)
+        write_json(log.with_suffix(".json"), facts)
 
-    facts["killed"] = killed(launcher, line, partial / "stages", options.stages, until - time.perf_counter())
-    keep()
-    if facts["killed"]["status"] is None:
-        facts["gone_on"] = launcher.run([*line, "--resume"], limit_s=until - time.perf_counter())
+    if shared:
+        phases = {
+            "start": [partial / "run.json"],
+            "quantizing": [partial / "stages" / "*"],
+            "writing": [out / "manifest.json"],
+        }
+        done = facts["shared"] = launcher.run(line, True, until - time.perf_counter(), phases)
+    else:
+        facts["killed"] = killed(launcher, line, partial / "stages", options.stages, until - time.perf_counter())
         keep()
-        if facts["gone_on"]["status"] == 0:
-            manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-            facts |= {name: manifest[name] for name in MEASURED}
-            facts["unequal"] = unequal(work / "w4a16", out)
-            keep()
+        done = {"status": 1}
+        if facts["killed"]["status"] is None:
+            done = facts["gone_on"] = launcher.run([*line, "--resume"], limit_s=until - time.perf_counter())
+    keep()
+    if done["status"] == 0:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+        facts |= {name: manifest[name] for name in MEASURED}
+        facts["processes"] = manifest["processes"]
+        facts["unequal"] = unequal(work / "w4a16", out)
+        keep()
     print(json.dumps(facts, indent=1))
     return int(facts.get("unequal") != [])
 

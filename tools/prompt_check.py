@@ -1,6 +1,6 @@
 """Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
 
-    python tools/prompt_check.py MODEL --out FILE.json [--kernels] [--most 64] [--lengths 1,15,...] [--starts 0,7,130]
+    python tools/prompt_check.py MODEL --out FILE.json [--kernels 512/64,64/64] [--most 64] [--lengths 1,15,...]
 
 Legend: T positions, N codebooks, C columns that may follow in speech.
 
@@ -34,7 +34,7 @@ from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.load import load_model
 from s2quant.runtime.prefix import read_prompt
-from s2quant.runtime.prompt_graphs import KERNEL_PIECE, MOST_PIECE, PromptReader, pieces
+from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, pieces
 from s2quant.sampling import Sampling
 
 LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64"
@@ -78,9 +78,9 @@ class Readings:
         self.readers: dict[str, PromptReader] = {}
         for most in dict.fromkeys((MOST_PIECE, *options.mosts)):
             self.readers[str(most)] = self.reader(most)
-        if options.kernels:
-            fused = FusedFrame(self.model, 3, 1024, self.decoder.max_positions, prompt_rows=KERNEL_PIECE)
-            self.readers["kernels"] = self.reader(MOST_PIECE, fused)
+        for most, rows in options.kernels:
+            fused = FusedFrame(self.model, 3, 1024, self.decoder.max_positions, prompt_rows=rows)
+            self.readers[f"{most}, kernels {rows}"] = self.reader(most, fused)
 
     def reader(self, most: int, fused: FusedFrame | None = None) -> PromptReader:
         """Make a reader of pieces of a size at most."""
@@ -192,13 +192,17 @@ def main() -> int:
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, tried beside the one in use")
-    parser.add_argument("--kernels", action="store_true", help="read small pieces by the fused frame's kernels, too")
+    parser.add_argument(
+        "--kernels", default="", help="read small pieces by the fused frame's kernels: MOST/ROWS,... positions"
+    )
     parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
     parser.add_argument("--starts", default=STARTS, help="positions that are there before")
     options = parser.parse_args()
     lengths, starts, options.mosts = (
-        [int(number) for number in numbers.split(",")] for numbers in (options.lengths, options.starts, options.most)
+        [int(number) for number in numbers.split(",") if number]
+        for numbers in (options.lengths, options.starts, options.most)
     )
+    options.kernels = [tuple(map(int, pair.split("/"))) for pair in options.kernels.split(",") if pair]
     readings = Readings(options, max(lengths) + max(starts) + 512)
     cuda = readings.decoder.device.type == "cuda"
     facts: dict[str, Any] = {"model": options.model.name, "most": MOST_PIECE}

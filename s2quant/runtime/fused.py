@@ -89,8 +89,10 @@ class FusedFrame:
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
                 for part, most in zip(both, (max_context, model.config.num_codebooks), strict=True)
             ]
-            heads = (config.n_head, config.n_local_heads, config.head_dim, num_splits(min(max_context, PROMPT_CONTEXT)))
-            self.prompt_rows, self.prompt_scratch = prompt_rows, Scratch.make(prompt_rows, *heads, device)
+            self.prompt_rows, heads = prompt_rows, (config.n_head, config.n_local_heads, config.head_dim)
+            self.prompt_context = min(max_context, PROMPT_CONTEXT)
+            room = max((rows * self._prompt_splits(rows) for rows in range(1, prompt_rows + 1)), default=0)
+            self.prompt_scratch = Scratch.make(prompt_rows, *heads, -(-room // max(1, prompt_rows)), device)
 
     def run(self, state: FrameState, caches: tuple[KVCache, KVCache], table: Tensor, batch: int, context: int) -> None:
         """Feed each of the first slots its column and draw the next one, in place.
@@ -139,14 +141,15 @@ class FusedFrame:
             slot: int64 [1], which holds the positions before.
             cache: Of the Slow AR.
             table: [P, h/2, 2], the Slow AR's rotary rows, for every position of the cache.
-            context: Positions looked at; more than every position that is no padding, at most PROMPT_CONTEXT.
+            context: Positions looked at; more than every position that is no padding, at most `prompt_context`.
         """
         from s2quant.runtime.kernels.pieces import keep
         from s2quant.runtime.kernels.weights import Then
 
         rows, squares = len(columns), self.begun[: len(columns)]
-        assert rows <= self.prompt_rows and context <= PROMPT_CONTEXT, (rows, context)
+        assert rows <= self.prompt_rows and context <= self.prompt_context, (rows, context)
         self.how = self._how_of(1)
+        scratch = self.prompt_scratch.cut(rows, self._prompt_splits(rows))
         self._embed(columns, rows)
         for number, layer in enumerate(self.slow.layers):
             attended = self._attention_layer(self.slow, number, cache, table, rows)
@@ -156,9 +159,16 @@ class FusedFrame:
                 keep(attended, self.slow.qkv, positions, slot, self.how)
             else:
                 where = [(attended, positions, 0)]
-                squares = self._block(0, number, rows, squares, where, (rows, context), self.prompt_scratch, slot)
+                squares = self._block(0, number, rows, squares, where, (rows, context), scratch, slot)
 
     # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _prompt_splits(self, rows: int) -> int:
+        """Count the splits of the longest context for so many rows of a prompt."""
+        from s2quant.runtime.kernels.attention import least_stretch, num_splits
+
+        least = least_stretch(rows * self.config.slow.n_local_heads, self._how_of(1))
+        return num_splits(self.prompt_context, least)
 
     def _squares(self, which: int, rows: int, linear: PlacedLinear) -> Tensor:
         """Give room for the sums of squares that a linear leaves, one per program and row."""

@@ -41,3 +41,10 @@ def test_a_run_that_was_not_killed_shows_nothing(made, capsys):
     assert low_memory_check.main(words(made, "--sequences", 3, "--stages", 99)) == 1
     found = json.loads((made / "out" / "low_memory.json").read_text("utf-8"))
     assert found["killed"]["status"] == 0 and "unequal" not in found
+
+
+def test_two_processes_end_as_one(made, capsys):
+    assert low_memory_check.main(words(made, "--sequences", 3, "--processes", 2)) == 0
+    found = json.loads((made / "out" / "shared.json").read_text("utf-8"))
+    assert found["shared"]["processes"] == 2 and found["unequal"] == [] and len(found["processes"]) == 2
+    assert found["low_memory"] is False and list(found["shared"]["phases_s"]) == ["start", "quantizing", "writing"]

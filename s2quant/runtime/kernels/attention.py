@@ -270,6 +270,25 @@ class Scratch:
             arrived=torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
         )
 
+    def cut(self, batch: int, splits: int) -> Scratch:
+        """Use it for other numbers of rows and splits, whose product it has room for.
+
+        Args:
+            batch: B.
+            splits: S.
+
+        Returns:
+            Scratch in the same memory.
+        """
+        _, kv_heads, _, share, width = self.sums.shape
+        sizes = (batch, kv_heads, splits, share)
+        count = batch * kv_heads * splits * share
+        return Scratch(
+            sums=self.sums.view(-1)[: count * width].view(*sizes, width),
+            stats=self.stats.view(-1)[: 2 * count].view(*sizes, 2),
+            arrived=self.arrived.view(-1)[: batch * kv_heads].view(batch, kv_heads),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
@@ -325,7 +344,8 @@ def attention(
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
     splits = scratch.sums.shape[2]
-    assert num_splits(context) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
+    least = least_stretch(batch * kv_heads, how)
+    assert num_splits(context, least) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
     nothing: Any = out
     whole = (
@@ -346,7 +366,6 @@ def attention(
     if context <= 16 and how.flat and slot is None:
         short_kernel[(batch, heads)](*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
-    least = least_stretch(batch * kv_heads, how)
     attention_kernel[(batch, kv_heads, num_splits(context, least))](
         *whole,
         positions if slot is None else slot,
