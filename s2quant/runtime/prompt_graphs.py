@@ -30,15 +30,16 @@ from s2quant.runtime.captures import capture
 if TYPE_CHECKING:
     from s2quant.runtime.fused import FusedFrame
 
-# Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 7 to 14 ms in place of 40 to 97
-# for 1 to 65 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
-# (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py). Pieces of 512 are as fast as pieces
-# of 64 where these are enough, and faster elsewhere (200 positions: 16 ms, 38 ms).
+# Whether an engine's fast decoder reads prompts so on a CUDA device unless it is told: 7 to 22 ms in place of 40 to 97
+# for 1 to 300 positions of a W4A16 model, and keys and values as near to the eager ones as those are to one another
+# (reports/2026-11-26-h100, by the part "prompts" of tools/stream_check.py).
 PROMPT_GRAPHS = True
 # Whether pieces of up to KERNEL_PIECE positions are read by the fused frame's kernels, 6 to 9 launches a layer, not by
-# some 65 operations of torch. Off until a GPU has run them (tools/prompt_check.py --kernels).
-PROMPT_KERNELS = False
-KERNEL_PIECE = 64
+# some 65 operations of torch; and longer prompts in such pieces. Measured: 2.2 ms in place of 7.3 for 16 positions, 4.0
+# in place of 10 for 64, 12 in place of 17 for 256, 17 in place of 22 for 300, and as near to the eager way
+# (reports/2026-11-26-prompts, tools/prompt_check.py --kernels 512/64,256/256).
+PROMPT_KERNELS = True
+KERNEL_PIECE = 256
 LEAST_PIECE = 16
 MOST_PIECE = 512
 MOST_CONTEXT = 4096  # beyond, the mask of a piece would take more memory than a graph is worth
@@ -54,7 +55,7 @@ class PromptReader:
             as it has.
         captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
         pool: Gives the memory pool of the graphs, which no other stream uses.
-        most: Positions of the largest piece; None: MOST_PIECE.
+        most: Positions of the largest piece; None: what `fused` takes, else MOST_PIECE.
         fused: Whose kernels read the pieces that are small enough; None: nobody's.
     """
 
@@ -70,7 +71,8 @@ class PromptReader:
     ) -> None:
         self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
         self.captured, self.pool, self.fused = captured, pool, fused
-        self.most = MOST_PIECE if most is None else most
+        own = MOST_PIECE if fused is None or not fused.prompt_rows else fused.prompt_rows
+        self.most = own if most is None else most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
             shape = (1, 1 + slow.config.num_codebooks, self.most)
@@ -162,13 +164,14 @@ def pieces(count: int, most: int) -> list[int]:
         most: Positions of the largest piece.
 
     Returns:
-        Sizes in order: as many of the largest as are filled, then the smallest of LEAST_PIECE, 2 LEAST_PIECE, ... that
-        holds the rest; their sum is `count` or more.
+        Sizes in order: as many of the largest as are filled, then the smallest of 16, 64, 128, 256, ... that holds the
+        rest; their sum is `count` or more. (32 would be half a millisecond faster than 64, and have kernels of its own
+        to compile.)
     """
     whole, rest = divmod(count, most)
     if not rest:
         return [most] * whole
     size = LEAST_PIECE
     while size < rest:
-        size *= 2
+        size *= 4 if size == LEAST_PIECE else 2
     return [most] * whole + [min(size, most)]

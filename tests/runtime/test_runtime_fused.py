@@ -141,13 +141,13 @@ def test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s(checkpoint):
 
     exact, model = models(CHECKPOINTS[checkpoint], num_layers=2)
     exact.float()
-    fused, seen = FusedFrame(model, 1, RESIDUAL, 128, prompt_rows=64), []
+    fused, seen = FusedFrame(model, 1, RESIDUAL, 128, prompt_rows=64 if INSIDE else 128), []
     read = fused.read
     fused.read = lambda columns, *more: (seen.append(len(columns)), read(columns, *more))[1]
     prompt, device = frames.forced_tokens(model.config, 30, 100), torch.device(DEVICE)
-    cases_here = [(9, 0, [16]), (34, 4, [32]), (127, 120, [16])]  # the last reaches beyond the cache's end
+    cases_here = [(9, 0, [16]), (34, 4, [64]), (127, 120, [16])]  # the last reaches beyond the cache's end
     if not INSIDE:
-        cases_here += [(120, 0, [64, 64]), (97, 30, [64, 16])]
+        cases_here += [(120, 0, [128]), (97, 30, [128])]
     for length, start, rows in cases_here:
         plain, ours = (KVCache(model.config.slow, 2, 128, device, torch.bfloat16) for _ in range(2))
         wide = KVCache(model.config.slow, 2, 128, device, torch.float32)
@@ -155,7 +155,7 @@ def test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s(checkpoint):
         read_prompt(exact.slow, wide, 1, prompt[:, :length])
         ours.write(1, *plain.copy(1, start))
         seen.clear()
-        reader = PromptReader(model.slow, ours, lambda count: 128, captured=False, most=64, fused=fused)
+        reader = PromptReader(model.slow, ours, lambda count: 128, captured=False, fused=fused)
         reader.read(1, prompt[:, :length], start)
         assert seen == rows
         for mine, its, true in zip(*(cache.copy(1, length) for cache in (ours, plain, wide)), strict=True):

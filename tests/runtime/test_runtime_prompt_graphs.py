@@ -64,7 +64,8 @@ def caches(config, count, slots=3):
 
 
 def test_pieces():
-    assert [pieces(n, 64) for n in (1, 16, 17, 33, 64)] == [[16], [16], [32], [64], [64]]
+    assert [pieces(n, 64) for n in (1, 16, 17, 33, 64)] == [[16], [16], [64], [64], [64]]
+    assert [pieces(n, 256) for n in (65, 128, 129, 300)] == [[128], [128], [256], [256, 64]]
     assert [pieces(n, 64) for n in (65, 128, 200)] == [[64, 16], [64, 64], [64, 64, 64, 16]]
     assert pieces(40, 48) == [48] and pieces(50, 48) == [48, 16] and pieces(513, 512) == [512, 16]
 
