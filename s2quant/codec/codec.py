@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2quant.codec import fused
 from s2quant.codec.blocks import Decoder, Encoder
 from s2quant.codec.config import CodecConfig
 from s2quant.codec.memory import Memory
@@ -40,6 +41,7 @@ class Codec(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
+        self.fused: bool | None = None  # one kernel between two convolutions; None: on a CUDA device that can
         self._rest: torch.device | None = None  # where what only encoding needs is kept between two uses
 
     @property
@@ -92,6 +94,8 @@ class Codec(nn.Module):
             [B, D, F].
         """
         assert wav.ndim == 3 and wav.shape[1] == 1 and wav.shape[-1] % self.frame_size == 0, wav.shape
+        if fused.is_fused(self.fused, wav):
+            return self.quantizer.before(fused.encode(self.encoder, wav, memory), memory)
         return self.quantizer.before(self.encoder(wav, memory), memory)
 
     def quantize(self, latent: Tensor) -> Quantized:
@@ -127,7 +131,8 @@ class Codec(nn.Module):
         Returns:
             [B, 1, F * frame_size] in (-1, 1), in the weights' dtype.
         """
-        y: Tensor = self.decoder(self.quantizer.after(latent, memory), memory)
+        x = self.quantizer.after(latent, memory)
+        y: Tensor = fused.decode(self.decoder, x, memory) if fused.is_fused(self.fused, x) else self.decoder(x, memory)
         return y
 
     @torch.no_grad()
