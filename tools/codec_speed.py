@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -139,6 +140,31 @@ class Bench:
             row[name] = self.timed(lambda: self.codec.encode(wav)) | {"codes_as_exact": share}
         return row
 
+    def upsampling(self, batch: int, frames: int) -> list[dict[str, Any]]:
+        """Time each transposed convolution of the decoder in forms that differ in the lengths that cuDNN sees.
+
+        two_taps is what is used: T columns to T + 1. even: T + 1 to T. long: T + 3 to T + 4. one_tap: T to T, of twice
+        the channels.
+        """
+        rows, columns = [], frames * math.prod(self.codec.config.downsample_factors)
+        for block in self.codec.decoder.model[1:-2]:
+            layer = block.block[1]
+            taps, weight, stride = layer.two_taps(), layer.conv.weight, layer.stride
+            x = torch.randn(batch, weight.shape[0], columns, device=self.codec.device)
+            before, behind, twice = F.pad(x, (1, 0)), F.pad(x, (0, 3)), torch.cat([x, x], dim=1)
+            flat = taps.transpose(1, 2).flatten(1)[..., None].contiguous()
+            forms: dict[str, Callable[[], Tensor]] = {
+                "transposed": lambda x=x, weight=weight, stride=stride: F.conv_transpose1d(x, weight, None, stride),
+                "two_taps": lambda x=x, taps=taps: F.conv1d(x, taps, padding=1),
+                "even": lambda x=before, taps=taps: F.conv1d(x, taps),
+                "long": lambda x=behind, taps=taps: F.conv1d(x, taps, padding=1),
+                "one_tap": lambda x=twice, taps=flat: F.conv1d(x, taps),
+            }
+            row: dict[str, Any] = {"upsampling": stride, "streams": batch, "frames": frames}
+            rows.append(row | {f"{name}_ms": self.timed(form)["ms"] for name, form in forms.items()})
+            columns *= stride
+        return rows
+
 
 def faults(rows: list[dict[str, Any]], obstacle: str | None) -> list[str]:
     """List what must not be."""
@@ -169,12 +195,14 @@ def main() -> int:
     facts["device"] = torch.cuda.get_device_name(bench.codec.device) if bench.cuda else "cpu"
     rows: list[dict[str, Any]] = []
     for make in (
-        *(lambda size=size: bench.chunk(*size) for size in sizes),
-        bench.first_chunk,
-        lambda: bench.voice(options.seconds),
+        *(lambda size=size: [bench.chunk(*size)] for size in sizes),
+        lambda: [bench.first_chunk()],
+        lambda: [bench.voice(options.seconds)],
+        lambda: bench.upsampling(*max(sizes, key=math.prod)),
     ):
-        rows.append(make())
-        print(json.dumps(rows[-1]), flush=True)
+        for row in make():
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     facts["faults"] = faults(rows, bench.obstacle if bench.cuda else None)
     options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     print(json.dumps(facts))

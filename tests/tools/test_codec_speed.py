@@ -27,7 +27,8 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
 def test_sizes_are_timed_in_the_plain_way(run):
     report = run("--sizes", "1x4,2x1")
     assert report["faults"] == [] and report["obstacle"] == "no Triton kernels for cpu" and report["device"] == "cpu"
-    first, second, graph, voice = report["rows"]
+    first, second, graph, voice, *upsamplings = report["rows"]
+    assert [row["upsampling"] for row in upsamplings] == [8, 8, 4, 2] and upsamplings[0]["one_tap_ms"] > 0
     assert (second["streams"], second["frames"]) == (2, 1) and "fused" not in first
     assert first["plain"]["snr_db"] is None and first["plain"]["finite"]  # on a CPU it is the exact way
     assert first["plain"]["audio_s_per_s"] == pytest.approx(4 * 2048 / 44100 / first["plain"]["ms"] * 1e3)
