@@ -10,6 +10,8 @@ peak memory is that of one chunk, and the result is that of one pass up to float
 `quantize` and `decode_latent` are the same steps one by one, with gradients. Nothing is resampled, normalised or
 trimmed: encoding pads the end with zeros to a whole frame. On CUDA, torch lets cuDNN round convolutions to TF32
 unless `torch.backends.cudnn.allow_tf32` is off; the equalities promised here are those of float32.
+There, a float32 codec does what stands between two convolutions in one kernel (`Codec.fused`), to the same numbers up
+to rounding.
 """
 
 from __future__ import annotations
@@ -33,15 +35,19 @@ class Codec(nn.Module):
 
     Args:
         config: Sizes.
+
+    Attributes:
+        fused: Whether encoder and decoder use the kernels of `s2quant.codec.kernels` where no gradients are wanted;
+            None, the default: on a CUDA device that can (`s2quant.codec.fused.fused_obstacle`).
     """
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
+        self.fused: bool | None = None
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
-        self.fused: bool | None = None  # one kernel between two convolutions; None: on a CUDA device that can
         self._rest: torch.device | None = None  # where what only encoding needs is kept between two uses
 
     @property

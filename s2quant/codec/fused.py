@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,9 @@ def is_fused(wanted: bool | None, x: Tensor) -> bool:
     return obstacle is None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Product:
-    """What a convolution gave, to be finished.
+    """What a convolution gave, to be finished once; its tensors are then given up.
 
     Args:
         y: Without bias, [B, C, S]; of a transposed convolution [B, C * s, S / s + 1] (`CausalTransposedConv.two_taps`).
@@ -133,7 +133,7 @@ def snake_and(
     """Finish a product, and apply Snake and the convolution that follows.
 
     Args:
-        product: What comes in.
+        product: What comes in; given up.
         snake: A Snake.
         conv: A CausalConv or CausalTransposedConv.
         memory: The streams that it continues, or None.
@@ -144,20 +144,25 @@ def snake_and(
     """
     from s2quant.codec.kernels import finish
 
-    assert isinstance(snake, Snake)
-    finished = functools.partial(
-        finish, product.y, product.bias, snake.alpha, residual=product.residual, keep=keep, stride=product.stride,
+    assert isinstance(snake, Snake) and isinstance(conv, CausalConv | CausalTransposedConv)
+    num_past, past = (conv.context if isinstance(conv, CausalConv) else 0), None
+    if memory is not None and num_past:
+        past = memory.buffer(conv, "past", (snake.alpha.shape[1], num_past), product.y)
+    x, total = finish(
+        product.y,
+        product.bias,
+        snake.alpha,
+        num_past=num_past,
+        past=past,
+        residual=product.residual,
+        keep=keep,
+        stride=product.stride,
         overhang=product.overhang,
-    )  # fmt: skip
+    )
+    del product.y, product.residual  # as large as what they were made into
     if isinstance(conv, CausalTransposedConv):
-        x, total = finished()
         return upsampled(conv, x, memory), total
-    assert isinstance(conv, CausalConv)
-    past = None
-    if memory is not None and conv.context:
-        past = memory.buffer(conv, "past", (snake.alpha.shape[1], conv.context), product.y)
-    x, total = finished(num_past=conv.context, past=past)
-    missing = (conv.context - x.shape[-1]) % conv.stride  # columns of the last stride of a whole signal
+    missing = (num_past - x.shape[-1]) % conv.stride  # columns of the last stride of a whole signal
     assert memory is None or not missing, (x.shape, conv.stride)
     return convolved(conv, F.pad(x, (0, missing)) if missing else x), total
 
@@ -195,7 +200,7 @@ def residual_unit(unit: nn.Module, product: Product, memory: Memory | None) -> P
 
     Args:
         unit: A ResidualUnit.
-        product: What comes in.
+        product: What comes in; given up.
         memory: The streams that it continues, or None.
 
     Returns:
@@ -205,7 +210,8 @@ def residual_unit(unit: nn.Module, product: Product, memory: Memory | None) -> P
     first, dilated, second, last = unit.block
     inner, total = snake_and(product, first, dilated, memory, keep=True)
     outer, _ = snake_and(inner, second, last, memory)
-    return replace(outer, residual=total)
+    outer.residual = total
+    return outer
 
 
 @torch.no_grad()
