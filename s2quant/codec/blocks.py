@@ -16,7 +16,7 @@ Snake is descript-audio-codec's dac/nn/layers.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -104,15 +104,28 @@ class CausalConv(nn.Module):
         Returns:
             [B, out_dim, ceil(S / s)].
         """
-        if memory is None:
-            x = F.pad(x, (self.context, -x.shape[-1] % self.stride))
-        elif self.context:
-            assert x.shape[-1] % self.stride == 0, (x.shape, self.stride)
-            past = memory.buffer(self, "past", (x.shape[1], self.context), x)
-            x = torch.cat([past, x], dim=-1)
-            past.copy_(x[..., -self.context :])
-        y: Tensor = self.conv(x)
+        y: Tensor = self.conv(self.padded(x, memory))
         return y
+
+    def padded(self, x: Tensor, memory: Memory | None) -> Tensor:
+        """Put the past before a signal, and complete the last stride of a whole one.
+
+        Args:
+            x: [B, in_dim, S]; with a memory S is a multiple of the stride.
+            memory: The streams that x continues, or None.
+
+        Returns:
+            [B, in_dim, context + S and what completes it].
+        """
+        if memory is None:
+            return F.pad(x, (self.context, -x.shape[-1] % self.stride))
+        if not self.context:
+            return x
+        assert x.shape[-1] % self.stride == 0, (x.shape, self.stride)
+        past = memory.buffer(self, "past", (x.shape[1], self.context), x)
+        x = torch.cat([past, x], dim=-1)
+        past.copy_(x[..., -self.context :])
+        return x
 
 
 class CausalTransposedConv(nn.Module):
@@ -130,6 +143,29 @@ class CausalTransposedConv(nn.Module):
         self.conv = nn.ConvTranspose1d(in_dim, out_dim, kernel, stride=stride)
         self.stride = stride
         self.overhang = kernel - stride  # columns that the next input still adds to
+        self._arranged: tuple[Tensor, tuple[int, int], Tensor] | None = None  # the weight, its state, `two_taps` of it
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalTransposedConv:
+        self._arranged = None  # the weight moves
+        moved: CausalTransposedConv = super()._apply(fn, recurse)
+        return moved
+
+    def two_taps(self) -> Tensor:
+        """Give the weight as that of a convolution over the input with a zero put on both sides; kernel k = 2s.
+
+        Position t * s + j of the output sees input t through tap j and input t - 1 through tap j + s. Behind the last
+        input stands what that one leaves for the next s positions.
+
+        Returns:
+            [out_dim * s, in_dim, 2], row c * s + j; made once for a weight.
+        """
+        weight = self.conv.weight
+        assert weight.shape[2] == 2 * self.stride, (weight.shape, self.stride)
+        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._arranged is None or self._arranged[0] is not weight or self._arranged[1] != state:
+            parts = weight.detach().unflatten(2, (2, self.stride)).flip(2)  # [in_dim, out_dim, input t - 1 or t, j]
+            self._arranged = weight, state, parts.permute(1, 3, 0, 2).flatten(0, 1).contiguous()
+        return self._arranged[2]
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Upsample.

@@ -10,6 +10,8 @@ peak memory is that of one chunk, and the result is that of one pass up to float
 `quantize` and `decode_latent` are the same steps one by one, with gradients. Nothing is resampled, normalised or
 trimmed: encoding pads the end with zeros to a whole frame. On CUDA, torch lets cuDNN round convolutions to TF32
 unless `torch.backends.cudnn.allow_tf32` is off; the equalities promised here are those of float32.
+There, a float32 codec does what stands between two convolutions in one kernel (`Codec.fused`), to the same numbers up
+to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2quant.codec import fused
 from s2quant.codec.blocks import Decoder, Encoder
 from s2quant.codec.config import CodecConfig
 from s2quant.codec.memory import Memory
@@ -32,11 +35,16 @@ class Codec(nn.Module):
 
     Args:
         config: Sizes.
+
+    Attributes:
+        fused: Whether encoder and decoder use the kernels of `s2quant.codec.kernels` where no gradients are wanted;
+            None, the default: on a CUDA device that can (`s2quant.codec.fused.fused_obstacle`).
     """
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
+        self.fused: bool | None = None
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
@@ -92,6 +100,8 @@ class Codec(nn.Module):
             [B, D, F].
         """
         assert wav.ndim == 3 and wav.shape[1] == 1 and wav.shape[-1] % self.frame_size == 0, wav.shape
+        if fused.is_fused(self.fused, wav):
+            return self.quantizer.before(fused.encode(self.encoder, wav, memory), memory)
         return self.quantizer.before(self.encoder(wav, memory), memory)
 
     def quantize(self, latent: Tensor) -> Quantized:
@@ -127,7 +137,8 @@ class Codec(nn.Module):
         Returns:
             [B, 1, F * frame_size] in (-1, 1), in the weights' dtype.
         """
-        y: Tensor = self.decoder(self.quantizer.after(latent, memory), memory)
+        x = self.quantizer.after(latent, memory)
+        y: Tensor = fused.decode(self.decoder, x, memory) if fused.is_fused(self.fused, x) else self.decoder(x, memory)
         return y
 
     @torch.no_grad()

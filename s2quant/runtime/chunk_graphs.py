@@ -1,4 +1,4 @@
-"""Chunks of sound by replayed CUDA graphs: nearly 900 operations of the codec cost the host one launch.
+"""Chunks of sound by replayed CUDA graphs: hundreds of operations of the codec cost the host one launch.
 
 Legend: N codebooks, F frames, s samples of a chunk.
 
