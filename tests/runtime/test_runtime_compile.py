@@ -132,6 +132,7 @@ def draw_made(name, candidates, warps, **constants):
     from triton.compiler import ASTSource
 
     from s2quant.runtime.kernels import steps
+    from s2quant.runtime.kernels.ahead import NOTHING
     from s2quant.runtime.kernels.launch import How
 
     kernel = getattr(steps, name)
@@ -142,7 +143,7 @@ def draw_made(name, candidates, warps, **constants):
         **steps.vector_arguments(2560, torch.empty(1)),
         "DEVICE": True,
     }
-    constants |= steps.draw_arguments(candidates, How(), warps)
+    constants |= steps.draw_arguments(candidates, How(), warps) | steps.helper_arguments(NOTHING, How())
     source = ASTSource(
         fn=kernel,
         signature={word: "constexpr" if word in constants else DRAWN[word] for word in kernel.arg_names},

@@ -27,6 +27,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from s2quant.runtime.kernels.ahead import NOTHING, Upcoming
 from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
@@ -217,6 +218,7 @@ def many(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
+    upcoming: Upcoming = NOTHING,
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -230,6 +232,7 @@ def many(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for splits M N numbers; None: made here.
+        upcoming: The weights that are read next.
     """
     rows = rows_of(num_rows)
     row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
@@ -275,13 +278,15 @@ def many(
         **early,
     )
     if block.splits > 1:
-        _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
+        grid = (num_rows, -(-outputs // CHUNK))
+        _start(finish_kernel, grid, launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,
             RESIDUAL=then.epilogue == "residual",
             **shared,
             num_warps=4,
             **early_options(how.early),
+            **upcoming.arguments(how.ahead_finish, grid),
         )
 
 
