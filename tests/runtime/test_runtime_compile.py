@@ -1,6 +1,8 @@
 """The kernels compiled for a Hopper GPU where there is none: what a barrier or a branch too many would cost is seen."""
 
 import re
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -194,3 +196,53 @@ def test_a_draw_waits_for_nothing_but_logits_and_sorts_in_registers():
         assert len(re.findall(r"ld\.global\.(b32|b64|v)", after)) <= candidates + 1
         assert len(re.findall(r"\bbar(rier)?\.sync", text)) <= barriers  # with those of loops that are hardly entered
         assert shared <= 4096  # sums of warps; candidates never go there
+
+
+def short_sass(**asked):
+    """Compile the attention over a short context at the real size; the machine's instructions, one by one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from s2quant.runtime.kernels.short import short_kernel
+
+    types = {name: "*bf16" for name in ("q_norm", "k_norm", "table", "keys", "values", "out")}
+    types |= {"qkv": "*fp32", "positions": "*i64", "place": "*i32", "upcoming": "*i64", "eps": "fp32", "scale": "fp32"}
+    constants = {
+        "HEADS": 32, "KV_HEADS": 8, "WIDTH": 128, "NORM": False, "PLACED": True, "BLOCK": 16, "FIRST": True,
+        "DEVICE": True, **{name: value for name, value in asked.items() if name != "upcoming" or value is None},
+    }  # fmt: skip
+    names = short_kernel.arg_names
+    source = ASTSource(
+        fn=short_kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (number,): [["tt.divisibility", 16]]
+            for number, name in enumerate(names)
+            if name not in constants and types.get(name, "").startswith("*")
+        },
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "launch_pdl": True})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9.]+)", text)
+
+
+def test_weights_ahead_are_asked_for_once_and_right_after_waiting():
+    """By uniform registers: ptxas lets lanes with addresses of their own take turns, and may put what is asked last."""
+    from s2quant.runtime.kernels.ahead import NOTHING, Upcoming
+
+    chunks = torch.empty(0, 2, dtype=torch.int64)
+    asked = Upcoming(chunks=chunks).arguments(8, (1, 32))
+    assert (asked["ASKED"], asked["PARTS"], asked["TURNS"]) == (64, 1, 2)
+    found = short_sass(**asked)
+    waits, asks = found.index("ACQBULK"), [at for at, name in enumerate(found) if name == "UBLKPF.L2"]
+    assert len(asks) == 2 and waits < asks[0]
+    between = found[waits : asks[-1]]
+    assert len(between) < 40 and not any(name.startswith(("LDG", "BRA", "BAR", "LDS")) for name in between)
+    assert any(name.startswith("LDG") for name in found[asks[-1] :])  # what the kernel before has written
+    without = short_sass(**NOTHING.arguments(8, (1, 32)))
+    assert "UBLKPF.L2" not in without and "ACQBULK" in without
