@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from s2quant.runtime.kernels import ahead  # noqa: E402
-from s2quant.runtime.kernels.ahead import MIB, Upcoming, chunks_of, found_ahead  # noqa: E402
+from s2quant.runtime.kernels.ahead import MIB, Upcoming, chunks_of, found_ahead, found_last  # noqa: E402
 
 MIXED = "4 bits, but w2, and an 8-bit Fast AR"
 
@@ -27,19 +27,25 @@ def kernel(test):
 
 
 @triton.jit
-def _shared_out(upcoming, out, ASKED: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr):
-    program = tl.program_id(0)
-    found = found_ahead(upcoming, program, tl.num_programs(0), ASKED, PARTS, TURNS)
+def _shared_out(upcoming, out, ASKED: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr, LAST: tl.constexpr):
+    program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    if LAST:
+        found = found_last(upcoming, ASKED, PARTS, TURNS)
+    else:
+        found = found_ahead(upcoming, program, programs, ASKED, PARTS, TURNS)
     for turn in tl.static_range(TURNS):
-        at = out + (turn * tl.num_programs(0) + program) * 2
+        at = out + (turn * programs + program) * 2
         tl.store(at, found[2 * turn])
         tl.store(at + 1, found[2 * turn + 1].to(tl.int64))
 
 
 @kernel
-@pytest.mark.parametrize("programs", [1, 7, 64, 1000])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (7, 1, 1), (4, 8, 2), (10, 4, 25)])
 @pytest.mark.parametrize("mebibytes", [1, 3])
-def test_programs_ask_for_every_byte_once(programs, mebibytes):
+@pytest.mark.parametrize("last", [False, True])
+def test_programs_ask_for_every_byte_once(grid, mebibytes, last):
+    programs = grid[0] * grid[1] * grid[2]
     sizes = [5 * ahead.CHUNK, 16, ahead.CHUNK + 48, 1000 * 16, 30 * ahead.CHUNK]
     begins = [1 << 40, (1 << 40) + 6 * ahead.CHUNK, (1 << 47) - (1 << 20), 1 << 21, 1 << 30]
     rows = [
@@ -50,14 +56,16 @@ def test_programs_ask_for_every_byte_once(programs, mebibytes):
     asked = rows[: mebibytes * MIB // ahead.CHUNK]
     assert len(asked) < len(rows)
     table = torch.tensor(rows, dtype=torch.int64).to(DEVICE)
-    arguments = Upcoming(chunks=table).arguments(mebibytes, (programs,))
+    arguments = Upcoming(chunks=table).arguments(mebibytes, grid)
     chunks = arguments.pop("upcoming")
     out = torch.full((arguments["TURNS"] * programs, 2), -1, dtype=torch.int64, device=DEVICE)
-    _shared_out[(programs,)](chunks, out, **arguments)
+    _shared_out[grid](chunks, out, **arguments, LAST=last)
     found = sorted((begin, begin + size) for begin, size in out.tolist() if size)
     assert all(begin % 16 == 0 == end % 16 and begin < end for begin, end in found)
     assert (out[:, 1] >= 0).all() and merged(found) == merged(sorted((at, at + size) for at, size in asked))
     assert len(found) >= min(programs, len(asked))  # nobody takes all of it
+    if last and programs > 1:  # the grid's last programs
+        assert out[programs - 1, 1] and (programs < 1000 or not out[0, 1])
 
 
 def merged(intervals):
@@ -86,21 +94,22 @@ def test_a_tensor_is_cut_up_into_whole_sixteens():
         assert bool(rows) == (size > 12)
 
 
-EVERYWHERE = {"ahead_attention": 1, "ahead_short": 2, "ahead_draws": 3, "ahead_finish": 4}
-LAUNCHES = {"attention_kernel", "short_kernel", "embed_kernel", "semantic_kernel", "residual_kernel", "finish_kernel"}
+EVERYWHERE = {"ahead_attention": 1, "ahead_short": 2, "ahead_draws": 3, "ahead_finish": 4, "ahead_products": 1}
+FEW = {"attention_kernel", "short_kernel", "embed_kernel", "semantic_kernel", "residual_kernel", "linear_kernel"}
+LAUNCHES = FEW | {"many_kernel", "finish_kernel"}
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """Note the launches in their order: the weights that products read, and what others ask for."""
-    from s2quant.runtime.kernels import attention, choice, finish, many, steps
+    from s2quant.runtime.kernels import attention, choice, linear, many, steps
 
     noted = []
     monkeypatch.setattr(ahead, "CHUNK", 4096)  # so that so small weights have several
 
     class Noted:
         def __init__(self, launched):
-            self.launched, self.name = launched, launched.fn.__name__
+            self.launched, self.name = launched, launched.__name__
 
         def __getitem__(self, grid):
             def launch(*values, **named):
@@ -109,11 +118,11 @@ def seen(monkeypatch):
 
             return launch
 
-    owners = {"attention_kernel": attention, "short_kernel": attention, "finish_kernel": many}
+    owners = {"attention_kernel": attention, "short_kernel": attention, "finish_kernel": many, "many_kernel": many}
+    owners["linear_kernel"] = linear
     for name in LAUNCHES:
         owner = owners.get(name, steps)
         monkeypatch.setattr(owner, name, Noted(getattr(owner, name)))
-    assert finish.finish_kernel is not many.finish_kernel
     multiply = choice.multiply
 
     def noted_multiply(weight, *values, **named):
@@ -142,7 +151,7 @@ def after(asked, wanted):
 if INSIDE:
 
     @torch.inference_mode()
-    @pytest.mark.parametrize(("checkpoint", "slots"), [("bf16", 1), (MIXED, 1), (MIXED, 17)])
+    @pytest.mark.parametrize(("checkpoint", "slots"), [("bf16", 1), (MIXED, 17)])
     def test_a_launch_asks_for_what_the_next_products_read(checkpoint, slots, seen, monkeypatch):
         from s2quant.runtime.kernels import shapes
         from s2quant.runtime.kernels.launch import MEASURED
@@ -166,7 +175,8 @@ if INSIDE:
             if name == "residual_kernel" and done == len(weights):
                 assert named["ASKED"] == 0 and named["upcoming"] is None
                 continue
-            part = {"attention": 1, "short": 2, "finish": 4}.get(name.removesuffix("_kernel"), 3)
+            field = name.removesuffix("_kernel").replace("linear", "products").replace("many", "products")
+            part = EVERYWHERE.get(f"ahead_{field}", EVERYWHERE["ahead_draws"])
             most = part * MIB // 4096
             rows = named["upcoming"][:most]
             assert len(rows) == most and named["ASKED"] == most * named["PARTS"]
@@ -180,7 +190,7 @@ if INSIDE:
             wanted = [place for weight in weights[done:] for place in bytes_of(weight)]
             left = after(asked, wanted)
             assert len(asked) == most or not left
-        assert found == LAUNCHES - (set() if slots > 8 else {"finish_kernel"})
+        assert found == (FEW if slots == 1 else LAUNCHES - {"linear_kernel"})
 
     @torch.inference_mode()
     def test_reading_a_prompt_asks_for_nothing(seen):

@@ -268,8 +268,14 @@ def model_of(check: Check, name: str) -> Any:
 
 MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
-AHEAD = {"attention": (16, 34, 48), "short": (8, 24), "draws": (16, 32), "finish": (8, 16, 28)}  # MiB
-ALL_AHEAD = {"ahead_attention": 34, "ahead_short": 8, "ahead_draws": 16, "ahead_finish": 16}
+AHEAD = {
+    "attention": (16, 34, 48),
+    "short": (8, 24),
+    "draws": (16, 32),
+    "finish": (8, 16, 28),
+    "products": (2, 8),
+}  # MiB
+ALL_AHEAD = {"ahead_attention": 34, "ahead_short": 8, "ahead_draws": 16, "ahead_finish": 16, "ahead_products": 2}
 
 
 def ahead_ways(how: How, many: bool) -> dict[str, How]:

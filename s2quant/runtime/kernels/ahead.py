@@ -7,7 +7,8 @@ Legend: C chunks, R ranges of memory, T turns: chunks that a program asks for.
 The weights of a frame, in the order in which its products read them, are one table of chunks: an address and a size. A
 launch is given the table from the next product on. Its programs share out the first chunks of it; where there are more
 programs than chunks, chunks are cut into parts. A program finds its shares before it waits for the kernel before and
-asks for them after, so that it does not stand in the way of what that kernel still reads. One thread asks
+asks for them after, so that it does not stand in the way of what that kernel still reads; a product asks behind its
+own weights. One thread asks
 (`cp.async.bulk.prefetch.L2`, sm_90): its operands are uniform registers, so that lanes with addresses of their own
 would take turns. Nothing comes back and nobody waits for it.
 """
@@ -47,6 +48,15 @@ def found_ahead(
         offset = number % PARTS * span
         found = found + (address + offset, tl.minimum(tl.maximum(size - offset, 0), span))  # type: ignore[assignment]
     return found
+
+
+@triton.jit
+def found_last(upcoming, ASKED: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr):
+    """Find what a program asks for where there are turns of programs: the last ones ask."""
+    across = tl.num_programs(0) * tl.num_programs(1)
+    programs = across * tl.num_programs(2)
+    program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1) + across * tl.program_id(2)
+    return found_ahead(upcoming, programs - 1 - program, programs, ASKED, PARTS, TURNS)
 
 
 @triton.jit

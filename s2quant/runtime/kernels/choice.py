@@ -123,6 +123,6 @@ def multiply(
         upcoming: The weights that are read next.
     """
     if isinstance(plan, Shape):
-        linear(weight, x, num_rows, then, plan, how, launch)
+        linear(weight, x, num_rows, then, plan, how, launch, upcoming)
     else:
         many(weight, x, num_rows, then, plan, how, launch, parts, upcoming)
