@@ -23,7 +23,6 @@ from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, fast_stack, 
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
-    from s2quant.runtime.kernels.ahead import Upcoming
     from s2quant.runtime.kernels.attention import Layer, Scratch
     from s2quant.runtime.kernels.choice import Plan
     from s2quant.runtime.kernels.launch import How
@@ -92,8 +91,7 @@ class FusedFrame:
                 for part, most in zip(both, (max_context, model.config.num_codebooks), strict=True)
             ]
             ahead = max(self._how_of(batch).most_ahead for batch in range(1, num_slots + 1))
-            order = products(self.slow, self.fast, model.config.num_codebooks - 1) if ahead else []
-            self.order = Order(order, ahead) if ahead else None
+            self.order = Order(products(self.slow, self.fast, model.config.num_codebooks - 1), ahead)
             self.launched = 0  # products of the frame at hand
             heads = (config.n_head, config.n_local_heads, config.head_dim, num_splits(min(max_context, PROMPT_CONTEXT)))
             self.prompt_rows, self.prompt_scratch = prompt_rows, Scratch.make(prompt_rows, *heads, device)
@@ -152,7 +150,7 @@ class FusedFrame:
 
         rows, squares = len(columns), self.begun[: len(columns)]
         assert rows <= self.prompt_rows and context <= PROMPT_CONTEXT, (rows, context)
-        self.how = self._how_of(1).without_ahead()
+        self.how, self.launched = self._how_of(1).without_ahead(), 0
         self._embed(columns, rows)
         for number, layer in enumerate(self.slow.layers):
             attended = self._attention_layer(self.slow, number, cache, table, rows)
@@ -207,14 +205,8 @@ class FusedFrame:
         from s2quant.runtime.kernels import choice
 
         self.launched += 1
-        plan, upcoming = self._plan(linear, rows), self._upcoming()
+        plan, upcoming = self._plan(linear, rows), self.order.after(self.launched)
         choice.multiply(linear.weight, x, rows, then, plan, self.how, parts=self.parts, upcoming=upcoming)
-
-    def _upcoming(self) -> Upcoming:
-        """Give the weights that are read next."""
-        from s2quant.runtime.kernels.ahead import NOTHING
-
-        return NOTHING if self.order is None or not self.how.most_ahead else self.order.after(self.launched)
 
     def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
         from s2quant.runtime.kernels.choice import plan_for
@@ -256,7 +248,7 @@ class FusedFrame:
                 context=sizes[1],
                 how=self.how,
                 slot=slot,
-                upcoming=self._upcoming(),
+                upcoming=self.order.after(self.launched),
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -299,7 +291,7 @@ class FusedFrame:
         slow, config = self.model.slow, self.config
         first = self.slow.layers[0]
         place = self._place(first.qkv, batch)
-        asked = steps.helper_arguments(self._upcoming(), self.how)
+        asked = steps.helper_arguments(self.order.after(self.launched), self.how)
         steps.embed_kernel[(batch + asked["HELPERS"],)](
             columns,
             slow.embeddings.weight,
@@ -325,7 +317,7 @@ class FusedFrame:
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, 2 * batch)
-        asked = steps.helper_arguments(self._upcoming(), self.how, 2)
+        asked = steps.helper_arguments(self.order.after(self.launched), self.how, 2)
         steps.semantic_kernel[(batch + asked["HELPERS"], 2)](
             self.logits,
             state.noise,
@@ -366,12 +358,10 @@ class FusedFrame:
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
         from s2quant.runtime.kernels import steps
-        from s2quant.runtime.kernels.ahead import NOTHING
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, batch)
-        last = code == config.num_codebooks - 1
-        asked = steps.helper_arguments(NOTHING if last else self._upcoming(), self.how)
+        asked = steps.helper_arguments(self.order.after(self.launched), self.how)
         steps.residual_kernel[(batch + asked["HELPERS"],)](
             self.fast_logits,
             state.noise,
@@ -395,7 +385,7 @@ class FusedFrame:
             BEFORE=2 * (self.num_semantic + 1),
             CODEBOOKS=config.num_codebooks,
             **steps.draw_arguments(self.residual_size, self.how, steps.RESIDUAL_WARPS),
-            LAST=last,
+            LAST=code == config.num_codebooks - 1,
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             **steps.options(self.how.early, steps.RESIDUAL_WARPS),

@@ -25,11 +25,12 @@ def compiles():
     pytest.importorskip("triton.backends.nvidia")
 
 
-def ptx_of(kind, out_features, in_features, epilogue, **off):
-    """Compile a linear of one row at the real size."""
+def ptx_of(kind, out_features, in_features, epilogue, asked=None, **off):
+    """Compile a linear of one row at the real size, one that asks for weights ahead or not."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from s2quant.runtime.kernels.ahead import NOTHING
     from s2quant.runtime.kernels.launch import How
     from s2quant.runtime.kernels.linear import linear_arguments, linear_kernel
     from s2quant.runtime.kernels.shapes import rule
@@ -46,14 +47,16 @@ def ptx_of(kind, out_features, in_features, epilogue, **off):
     )  # fmt: skip
     shape = rule(weight, 1)
     constants = linear_arguments(weight, 1, then, shape, How(early=True, **off))
+    constants |= NOTHING.arguments(0, (1,)) if asked is None else asked
+    types = NAMES | {"upcoming": "*i64"}
     names = [name for name in linear_kernel.arg_names if name not in constants]
     source = ASTSource(
         fn=linear_kernel,
-        signature={name: "constexpr" if name in constants else NAMES[name] for name in linear_kernel.arg_names},
+        signature={name: "constexpr" if name in constants else types[name] for name in linear_kernel.arg_names},
         constexprs={(linear_kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={
             (linear_kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name in names if NAMES[name].startswith("*")
+            for name in names if types[name].startswith("*")
         },
     )  # fmt: skip
     options = {"num_warps": shape.warps, "launch_pdl": True, "maxnreg": 128}
@@ -72,6 +75,15 @@ def test_warps_meet_once_and_weights_are_asked_for_first(kind, out_features, in_
     first_x = re.search(r"@mine ld\.global\.v4\.b32|@go ld\.global\.v4\.b32 \{x0_0_0", text)
     assert first_x is not None and first_x.start() > waits
     assert "mma.sync" in text and "red.shared" not in text
+
+
+def test_a_product_asks_for_weights_ahead_behind_its_own():
+    text = ptx_of("w4", 19456, 2560, "gate", {"ASKED": 256, "PARTS": 16, "TURNS": 1})
+    assert len(re.findall(r"\bbar(rier)?\.sync", text)) == 1 and text.count("cp.async.bulk.prefetch.L2") == 1
+    asks = text.index("cp.async.bulk.prefetch.L2")
+    assert text.rindex("ld.global.L1::no_allocate.L2::128B.v4.b32") < text.rindex("mma.sync") < asks
+    assert asks < text.index("st.shared") and text.index("griddepcontrol.wait") < asks
+    assert "cp.async.bulk" not in ptx_of("w4", 19456, 2560, "gate")
 
 
 def test_without_it_they_meet_often():

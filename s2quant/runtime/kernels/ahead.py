@@ -16,8 +16,9 @@ would take turns. Nothing comes back and nobody waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -122,24 +123,21 @@ class Order:
 
     Args:
         weights: The weights, one for each product.
-        most_mebibytes: What a launch asks for at most.
+        most_mebibytes: What a launch asks for at most; 0: no launch asks, and there is no table.
     """
 
-    def __init__(self, weights: Iterable[Weight], most_mebibytes: int) -> None:
-        pieces: list[Tensor] = []
-        begins: list[int] = []
-        count = 0
+    def __init__(self, weights: Sequence[Weight], most_mebibytes: int) -> None:
+        self.begins: list[int] = []
+        self.chunks: Tensor | None = None
+        if not most_mebibytes:
+            return
+        pieces = []
         for weight in weights:
-            begins.append(count)
-            for part in (weight.first, weight.second):
-                if part is not None:
-                    pieces.append(chunks_of(part))
-                    count += len(pieces[-1])
-            device = weight.first.device
+            pieces.append(torch.cat([chunks_of(part) for part in (weight.first, weight.second) if part is not None]))
+        self.begins = [0, *accumulate(len(piece) for piece in pieces[:-1])]
         # behind the last weight there is nothing to ask for: chunks without a size
-        pieces.append(torch.zeros(most_mebibytes * MIB // CHUNK, 2, dtype=torch.int64))
-        self.begins = [*begins, count]
-        self.chunks = torch.cat(pieces).to(device)
+        padding = torch.zeros(most_mebibytes * MIB // CHUNK, 2, dtype=torch.int64)
+        self.chunks = torch.cat([*pieces, padding]).to(weights[0].first.device)
 
     def after(self, products: int) -> Upcoming:
         """Give what comes next.
@@ -150,6 +148,8 @@ class Order:
         Returns:
             The weights of the others.
         """
+        if self.chunks is None or products == len(self.begins):
+            return NOTHING
         return Upcoming(chunks=self.chunks[self.begins[products] :])
 
 
