@@ -1,6 +1,6 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 2] [--switch early,ahead_attention=34]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 2] [--switch shared_shifts,early]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
 kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
@@ -108,17 +108,11 @@ class Compiler:
         print(f"{kernel.__name__} ({about}) {options}: {said}", flush=True)
 
 
-def switched(how: Any, asked: str) -> Any:
-    """Turn parts of `How` the other way round, or give them the numbers asked for."""
-    words = [word.partition("=") for word in asked.split(",")]
-    return replace(how, **{name: int(number) if number else not getattr(how, name) for name, _, number in words})
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,8,12,24,32,64")
     parser.add_argument("--layers", type=int, default=2, help="of each AR")
-    parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, or NAME=NUMBER")
+    parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, comma separated")
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config
     from s2quant.export.random import s2_pro_config
@@ -143,7 +137,8 @@ def main() -> int:
             decoder = FastDecoder(model, batch, 1024, 1024, graphs=False, fused=True)
             assert decoder.fused_obstacle is None and decoder._fused is not None, decoder.fused_obstacle
             if options.switch:
-                how = switched(decoder._fused.how, options.switch)
+                how = decoder._fused.how
+                how = replace(how, **{name: not getattr(how, name) for name in options.switch.split(",")})
                 decoder._fused = FusedFrame(model, batch, 1024, decoder.max_positions, how)
             for context in (512, 1024):
                 decoder.replay((batch, context, 32))

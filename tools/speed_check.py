@@ -54,12 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=WHOLE_S, help="for all parts together")
     parser.add_argument("--how", choices=("best", "first"), default="best", help="how kernels are launched")
-    parser.add_argument(
-        "--variants",
-        default="^(?!fast8|.* ahead by )",
-        metavar="REGEX",
-        help='of "w4a16 batch 64, without early" or "fast8 batch 1, 34 MiB ahead by attention"; default: %(default)s',
-    )
+    parser.add_argument("--variants", default="", metavar="REGEX", help='of "w4a16 batch 64, without early"')
     parser.add_argument("--models", default="", help="some of w4a16,bf16,fast8,w8a16")
     parser.add_argument("--go-on", action="store_true", help="keep what is in DIR/speed.json")
     parser.add_argument("--preload", type=Path, action="append", default=[], help="a torch extension of gptqmodel's")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, fast_stack, products, slow_stack
+from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, fast_stack, slow_stack
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
@@ -53,7 +53,6 @@ class FusedFrame:
         how: How | None = None,
         prompt_rows: int = 0,
     ) -> None:
-        from s2quant.runtime.kernels.ahead import Order
         from s2quant.runtime.kernels.attention import Scratch, num_splits
         from s2quant.runtime.kernels.choice import padded_rows
         from s2quant.runtime.kernels.launch import measured
@@ -90,9 +89,6 @@ class FusedFrame:
                 Scratch.make(num_slots, part.n_head, part.n_local_heads, part.head_dim, num_splits(most), device)
                 for part, most in zip(both, (max_context, model.config.num_codebooks), strict=True)
             ]
-            ahead = max(self._how_of(batch).most_ahead for batch in range(1, num_slots + 1))
-            self.order = Order(products(self.slow, self.fast, model.config.num_codebooks - 1), ahead)
-            self.launched = 0  # products of the frame at hand
             self.prompt_rows, heads = prompt_rows, (config.n_head, config.n_local_heads, config.head_dim)
             self.prompt_context = min(max_context, PROMPT_CONTEXT)
             room = max((rows * self._prompt_splits(rows) for rows in range(1, prompt_rows + 1)), default=0)
@@ -108,7 +104,7 @@ class FusedFrame:
             batch: B.
             context: Positions looked at; a row that is further on stays inside.
         """
-        self.how, self.launched = self._how_of(batch), 0
+        self.how = self._how_of(batch)
         fast_table = self.model.fast.rotary.table(self.config.num_codebooks, self.device)
         self._embed(state.columns, batch)
         squares = self.begun[:batch]
@@ -152,7 +148,7 @@ class FusedFrame:
 
         rows, squares = len(columns), self.begun[: len(columns)]
         assert rows <= self.prompt_rows and context <= self.prompt_context, (rows, context)
-        self.how, self.launched = self._how_of(1).without_ahead(), 0
+        self.how = self._how_of(1)
         scratch = self.prompt_scratch.cut(rows, self._prompt_splits(rows))
         self._embed(columns, rows)
         for number, layer in enumerate(self.slow.layers):
@@ -214,9 +210,7 @@ class FusedFrame:
     def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
         from s2quant.runtime.kernels import choice
 
-        self.launched += 1
-        plan, upcoming = self._plan(linear, rows), self.order.after(self.launched)
-        choice.multiply(linear.weight, x, rows, then, plan, self.how, parts=self.parts, upcoming=upcoming)
+        choice.multiply(linear.weight, x, rows, then, self._plan(linear, rows), self.how, parts=self.parts)
 
     def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
         from s2quant.runtime.kernels.choice import plan_for
@@ -258,7 +252,6 @@ class FusedFrame:
                 context=sizes[1],
                 how=self.how,
                 slot=slot,
-                upcoming=self.order.after(self.launched),
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -301,8 +294,7 @@ class FusedFrame:
         slow, config = self.model.slow, self.config
         first = self.slow.layers[0]
         place = self._place(first.qkv, batch)
-        asked = steps.helper_arguments(self.order.after(self.launched), self.how)
-        steps.embed_kernel[(batch + asked["HELPERS"],)](
+        steps.embed_kernel[(batch,)](
             columns,
             slow.embeddings.weight,
             slow.codebook_embeddings.weight,
@@ -319,7 +311,6 @@ class FusedFrame:
             BLOCK=_power_of_two(config.slow.dim),
             CODEBOOKS=config.num_codebooks,
             **steps.options(False, 8),
-            **asked,
         )
 
     def _semantic(self, state: FrameState, batch: int, squares: Tensor) -> None:
@@ -327,8 +318,7 @@ class FusedFrame:
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, 2 * batch)
-        asked = steps.helper_arguments(self.order.after(self.launched), self.how, 2)
-        steps.semantic_kernel[(batch + asked["HELPERS"], 2)](
+        steps.semantic_kernel[(batch, 2)](
             self.logits,
             state.noise,
             state.temperature,
@@ -363,7 +353,6 @@ class FusedFrame:
             D_BLOCK=_power_of_two(config.fast.dim),
             MAX_SQUARES=_power_of_two(squares.shape[1]),
             **steps.options(self.how.early, steps.SEMANTIC_WARPS),
-            **asked,
         )
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
@@ -371,8 +360,7 @@ class FusedFrame:
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, batch)
-        asked = steps.helper_arguments(self.order.after(self.launched), self.how)
-        steps.residual_kernel[(batch + asked["HELPERS"],)](
+        steps.residual_kernel[(batch,)](
             self.fast_logits,
             state.noise,
             state.temperature,
@@ -399,7 +387,6 @@ class FusedFrame:
             **steps.vector_arguments(config.fast.dim, place),
             D_BLOCK=_power_of_two(config.fast.dim),
             **steps.options(self.how.early, steps.RESIDUAL_WARPS),
-            **asked,
         )
 
 

@@ -211,24 +211,6 @@ def dense_linear(weight: Tensor, second: Tensor | None = None, out_features: int
     )
 
 
-def products(slow: FusedStack, fast: FusedStack, num_codes: int) -> list[Weight]:
-    """List the weights of a frame's products in the order in which they are read.
-
-    Args:
-        slow: The Slow AR.
-        fast: The Fast AR.
-        num_codes: Passes of the Fast AR, one for each residual code.
-
-    Returns:
-        A weight for each product.
-    """
-    found = []
-    for stack in (slow, *[fast] * num_codes):
-        found += [linear for layer in stack.layers for linear in (layer.qkv, layer.out, layer.pair, layer.down)]
-        found.append(stack.head)
-    return [linear.weight for linear in found]
-
-
 def residual_head(output: nn.Module, residual_size: int) -> PlacedLinear:
     """Give the rows of the Fast AR's head that the codec has entries for.
 

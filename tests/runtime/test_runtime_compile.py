@@ -1,8 +1,6 @@
 """The kernels compiled for a Hopper GPU where there is none: what a barrier or a branch too many would cost is seen."""
 
 import re
-import subprocess
-import tempfile
 
 import pytest
 import torch
@@ -25,12 +23,11 @@ def compiles():
     pytest.importorskip("triton.backends.nvidia")
 
 
-def ptx_of(kind, out_features, in_features, epilogue, asked=None, **off):
-    """Compile a linear of one row at the real size, one that asks for weights ahead or not."""
+def ptx_of(kind, out_features, in_features, epilogue, **off):
+    """Compile a linear of one row at the real size."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from s2quant.runtime.kernels.ahead import NOTHING
     from s2quant.runtime.kernels.launch import How
     from s2quant.runtime.kernels.linear import linear_arguments, linear_kernel
     from s2quant.runtime.kernels.shapes import rule
@@ -47,16 +44,14 @@ def ptx_of(kind, out_features, in_features, epilogue, asked=None, **off):
     )  # fmt: skip
     shape = rule(weight, 1)
     constants = linear_arguments(weight, 1, then, shape, How(early=True, **off))
-    constants |= NOTHING.arguments(0, (1,)) if asked is None else asked
-    types = NAMES | {"upcoming": "*i64"}
     names = [name for name in linear_kernel.arg_names if name not in constants]
     source = ASTSource(
         fn=linear_kernel,
-        signature={name: "constexpr" if name in constants else types[name] for name in linear_kernel.arg_names},
+        signature={name: "constexpr" if name in constants else NAMES[name] for name in linear_kernel.arg_names},
         constexprs={(linear_kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={
             (linear_kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name in names if types[name].startswith("*")
+            for name in names if NAMES[name].startswith("*")
         },
     )  # fmt: skip
     options = {"num_warps": shape.warps, "launch_pdl": True, "maxnreg": 128}
@@ -75,15 +70,6 @@ def test_warps_meet_once_and_weights_are_asked_for_first(kind, out_features, in_
     first_x = re.search(r"@mine ld\.global\.v4\.b32|@go ld\.global\.v4\.b32 \{x0_0_0", text)
     assert first_x is not None and first_x.start() > waits
     assert "mma.sync" in text and "red.shared" not in text
-
-
-def test_a_product_asks_for_weights_ahead_behind_its_own():
-    text = ptx_of("w4", 19456, 2560, "gate", {"ASKED": 256, "PARTS": 16, "TURNS": 1})
-    assert len(re.findall(r"\bbar(rier)?\.sync", text)) == 1 and text.count("cp.async.bulk.prefetch.L2") == 1
-    asks = text.index("cp.async.bulk.prefetch.L2")
-    assert text.rindex("ld.global.L1::no_allocate.L2::128B.v4.b32") < text.rindex("mma.sync") < asks
-    assert asks < text.index("st.shared") and text.index("griddepcontrol.wait") < asks
-    assert "cp.async.bulk" not in ptx_of("w4", 19456, 2560, "gate")
 
 
 def test_without_it_they_meet_often():
@@ -146,7 +132,6 @@ def draw_made(name, candidates, warps, **constants):
     from triton.compiler import ASTSource
 
     from s2quant.runtime.kernels import steps
-    from s2quant.runtime.kernels.ahead import NOTHING
     from s2quant.runtime.kernels.launch import How
 
     kernel = getattr(steps, name)
@@ -157,7 +142,7 @@ def draw_made(name, candidates, warps, **constants):
         **steps.vector_arguments(2560, torch.empty(1)),
         "DEVICE": True,
     }
-    constants |= steps.draw_arguments(candidates, How(), warps) | steps.helper_arguments(NOTHING, How())
+    constants |= steps.draw_arguments(candidates, How(), warps)
     source = ASTSource(
         fn=kernel,
         signature={word: "constexpr" if word in constants else DRAWN[word] for word in kernel.arg_names},
@@ -208,53 +193,3 @@ def test_a_draw_waits_for_nothing_but_logits_and_sorts_in_registers():
         assert len(re.findall(r"ld\.global\.(b32|b64|v)", after)) <= candidates + 1
         assert len(re.findall(r"\bbar(rier)?\.sync", text)) <= barriers  # with those of loops that are hardly entered
         assert shared <= 4096  # sums of warps; candidates never go there
-
-
-def short_sass(**asked):
-    """Compile the attention over a short context at the real size; the machine's instructions, one by one."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from s2quant.runtime.kernels.short import short_kernel
-
-    types = {name: "*bf16" for name in ("q_norm", "k_norm", "table", "keys", "values", "out")}
-    types |= {"qkv": "*fp32", "positions": "*i64", "place": "*i32", "upcoming": "*i64", "eps": "fp32", "scale": "fp32"}
-    constants = {
-        "HEADS": 32, "KV_HEADS": 8, "WIDTH": 128, "NORM": False, "PLACED": True, "BLOCK": 16, "FIRST": True,
-        "DEVICE": True, **{name: value for name, value in asked.items() if name != "upcoming" or value is None},
-    }  # fmt: skip
-    names = short_kernel.arg_names
-    source = ASTSource(
-        fn=short_kernel,
-        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (number,): [["tt.divisibility", 16]]
-            for number, name in enumerate(names)
-            if name not in constants and types.get(name, "").startswith("*")
-        },
-    )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1, "launch_pdl": True})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9.]+)", text)
-
-
-def test_weights_ahead_are_asked_for_once_and_right_after_waiting():
-    """By uniform registers: ptxas lets lanes with addresses of their own take turns, and may put what is asked last."""
-    from s2quant.runtime.kernels.ahead import NOTHING, Upcoming
-
-    chunks = torch.empty(0, 2, dtype=torch.int64)
-    asked = Upcoming(chunks=chunks).arguments(8, (1, 32))
-    assert (asked["ASKED"], asked["PARTS"], asked["TURNS"]) == (64, 1, 2)
-    found = short_sass(**asked)
-    waits, asks = found.index("ACQBULK"), [at for at, name in enumerate(found) if name == "UBLKPF.L2"]
-    assert len(asks) == 2 and waits < asks[0]
-    between = found[waits : asks[-1]]
-    assert len(between) < 40 and not any(name.startswith(("LDG", "BRA", "BAR", "LDS")) for name in between)
-    assert any(name.startswith("LDG") for name in found[asks[-1] :])  # what the kernel before has written
-    without = short_sass(**NOTHING.arguments(8, (1, 32)))
-    assert "UBLKPF.L2" not in without and "ACQBULK" in without

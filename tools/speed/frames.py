@@ -134,7 +134,6 @@ class _Listed(FusedFrame):
             num_squares=160 if then.squares_in is None else then.squares_in.shape[1],
         )
         self.jobs[case, rows, self._plan(linear, rows), self.how] = None
-        self.launched += 1
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s2quant.packing import QuantizedWeight
-from s2quant.runtime.kernels.ahead import Upcoming
 from s2quant.runtime.kernels.choice import Plan, is_many, multiply, num_parts, num_sums, padded_rows, plan_for
 from s2quant.runtime.kernels.launch import MEASURED, How
 from s2quant.runtime.kernels.layout import arranged, pack, pair
@@ -259,8 +258,7 @@ def compile_one(case: Case, rows: int, plan: Plan, how: How) -> None:
     )
     x = torch.empty(padded_rows(rows), case.in_features, dtype=torch.bfloat16, device=device)
     then = then_for(case, weight, rows, plan, device)
-    upcoming = Upcoming(chunks=torch.empty(1, 2, dtype=torch.int64, device=device))  # how many, `how` says
-    multiply(weight, x, rows, then, plan, how, launch=False, upcoming=upcoming)
+    multiply(weight, x, rows, then, plan, how, launch=False)
 
 
 def weight_like(case: Case) -> Weight:

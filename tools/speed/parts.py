@@ -268,29 +268,12 @@ def model_of(check: Check, name: str) -> Any:
 
 MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
-AHEAD = {
-    "attention": (16, 34, 48),
-    "short": (8, 24),
-    "draws": (16, 32),
-    "finish": (8, 16, 28),
-    "products": (2, 8),
-}  # MiB
-ALL_AHEAD = {"ahead_attention": 34, "ahead_short": 8, "ahead_draws": 16, "ahead_finish": 16, "ahead_products": 2}
-
-
-def ahead_ways(how: How, many: bool) -> dict[str, How]:
-    """List ways to ask for weights ahead, as the part "variants" names them."""
-    names = {name: caps for name, caps in AHEAD.items() if many or name != "finish"}
-    each = [(name, cap) for name, caps in names.items() for cap in caps]
-    found = {f"{cap} MiB ahead by {name}": replace(how, **{f"ahead_{name}": cap}) for name, cap in each}
-    return found | {"some MiB ahead by all": replace(how, **ALL_AHEAD)}
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
-    """List frames and ways to launch them: as they are, each part the other way round, as at first, weights ahead."""
+    """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
-    jobs = (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32), ("fast8", 1))
-    for name, batch in jobs:
+    for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
         how, many = for_model(check.how, name, batch), batch > 16
         switches = [key for key, value in vars(how).items() if isinstance(value, bool)]
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
@@ -303,7 +286,6 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
         else:
             more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
-        more |= ahead_ways(how, many)
         found += [(name, batch, title, way) for title, way in more.items()]
     found = [row for row in found if row[0] in models_of(check)]
     return [row for row in found if re.search(check.options.variants, f"{row[0]} batch {row[1]}, {row[2]}")]

@@ -27,7 +27,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.ahead import NOTHING, Upcoming, ask_ahead, found_ahead
 from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, wait
 from s2quant.runtime.kernels.short import short_kernel
 
@@ -113,7 +112,6 @@ def attention_kernel(
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, ONE_SLOT: tl.constexpr, JOINED_: tl.constexpr,
     HEADS_BLOCK: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0,
 ):  # fmt: skip
     """Attend; see the module."""
     SHARE: tl.constexpr = HEADS // KV_HEADS
@@ -132,9 +130,6 @@ def attention_kernel(
     else:
         cached += slot.to(tl.int64) * slot_stride
     announce(DEVICE)
-    if ASKED:
-        program = slot + tl.num_programs(0) * (kv + KV_HEADS * split)
-        ahead = found_ahead(upcoming, program, tl.num_programs(0) * KV_HEADS * tl.num_programs(2), ASKED, PARTS, TURNS)
     if not FIRST:
         wait(DEVICE)
     position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
@@ -164,8 +159,6 @@ def attention_kernel(
             joined = tl.load(place + joined)
     if FIRST:
         wait(DEVICE)
-    if ASKED:
-        ask_ahead(ahead, TURNS, DEVICE)
     if split < live:
         row = first_row + slot
         heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
@@ -332,7 +325,6 @@ def attention(
     context: int,
     how: How,
     slot: Tensor | None = None,
-    upcoming: Upcoming = NOTHING,
 ) -> None:
     """Attend from one new position per row, and keep its key and value.
 
@@ -348,7 +340,6 @@ def attention(
         how: How to launch it; with `early` and `loads_first`, positions are those that a kernel not launched early has
             seen written.
         slot: int64 [1], the slot of all rows, where their keys and values are already; None: each row has its own.
-        upcoming: The weights that are read next.
     """
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
@@ -373,11 +364,9 @@ def attention(
         **early_options(how.early),
     }  # fmt: skip
     if context <= 16 and how.flat and slot is None:
-        asked = upcoming.arguments(how.ahead_short, (batch, heads))
-        short_kernel[(batch, heads)](*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants, **asked)
+        short_kernel[(batch, heads)](*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
-    grid = (batch, kv_heads, num_splits(context, least))
-    attention_kernel[grid](
+    attention_kernel[(batch, kv_heads, num_splits(context, least))](
         *whole,
         positions if slot is None else slot,
         *cached,
@@ -396,5 +385,4 @@ def attention(
         num_warps=how.attention_warps,
         num_stages=3 if least == 64 else 2,  # of 32 KB: five programs share a multiprocessor, not three
         **constants,
-        **upcoming.arguments(how.ahead_attention, grid),
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from s2quant.runtime.kernels.ahead import NOTHING, Upcoming
 from s2quant.runtime.kernels.finish import CHUNK
 from s2quant.runtime.kernels.launch import PATIENT, How
 from s2quant.runtime.kernels.linear import columns_for, linear
@@ -106,7 +105,6 @@ def multiply(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
-    upcoming: Upcoming = NOTHING,
 ) -> None:
     """Multiply as planned, and do what comes after.
 
@@ -120,9 +118,8 @@ def multiply(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for `num_parts` numbers; None: made where it is needed.
-        upcoming: The weights that are read next.
     """
     if isinstance(plan, Shape):
-        linear(weight, x, num_rows, then, plan, how, launch, upcoming)
+        linear(weight, x, num_rows, then, plan, how, launch)
     else:
-        many(weight, x, num_rows, then, plan, how, launch, parts, upcoming)
+        many(weight, x, num_rows, then, plan, how, launch, parts)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from s2quant.runtime.kernels.ahead import ask_ahead, found_ahead
 from s2quant.runtime.kernels.launch import begin
 
 CHUNK = 512  # outputs that a program of `finish_kernel` adds up
@@ -56,17 +55,11 @@ def finish_kernel(
     parts, place, squares_in, norm, hidden, out, squares_out, num_rows, num_outputs, num_squares, eps,
     K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
     PLACED: tl.constexpr, MOST: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0,
 ):  # fmt: skip
     """Add up the parts of CHUNK outputs of a row, and do what follows the product."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     index = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    if ASKED:
-        program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)
-        ahead = found_ahead(upcoming, program, tl.num_programs(0) * tl.num_programs(1), ASKED, PARTS, TURNS)
     begin(DEVICE)
-    if ASKED:
-        ask_ahead(ahead, TURNS, DEVICE)
     inside = (index < num_outputs)[:, None] & (rows < num_rows)[None, :]
     y = tl.zeros((CHUNK, 1), tl.float32)
     for split in tl.static_range(SPLITS):

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-
-AHEAD = ("ahead_attention", "ahead_short", "ahead_draws", "ahead_finish", "ahead_products")  # fields of `How`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +31,6 @@ class How:
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
-        ahead_attention: MiB of the next products' weights that the attention over a long context asks into L2 at most
-            (`s2quant.runtime.kernels.ahead`); 0: none, the kernels have no code for it.
-        ahead_short: The same of the attention over a short context.
-        ahead_draws: The same of the draws and the embedding.
-        ahead_finish: The same of launches that add up the parts of a product.
-        ahead_products: The same of products, behind their own weights.
     """
 
     early: bool = False
@@ -53,24 +45,6 @@ class How:
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 4
-    ahead_attention: int = 0
-    ahead_short: int = 0
-    ahead_draws: int = 0
-    ahead_finish: int = 0
-    ahead_products: int = 0
-
-    @property
-    def most_ahead(self) -> int:
-        """MiB that any launch asks for at most."""
-        return max(getattr(self, name) for name in AHEAD)
-
-    def without_ahead(self) -> How:
-        """Leave out weights ahead.
-
-        Returns:
-            The same way to launch, but for that.
-        """
-        return replace(self, **dict.fromkeys(AHEAD, 0))  # type: ignore[arg-type]  # none of them is a bool
 
 
 # What is used, as measured (reports/2026-11-26-batches and -h100). Early starts win 0.14 ms of a W4A16 frame at batch

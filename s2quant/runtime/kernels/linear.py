@@ -24,7 +24,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.ahead import NOTHING, Upcoming, ask_ahead, found_last
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options
 from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
 from s2quant.runtime.kernels.ptx import (
@@ -57,13 +56,10 @@ def linear_kernel(
     TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
     MAX_SQUARES: tl.constexpr, FIRST: tl.constexpr, FLAT: tl.constexpr, REDUCE: tl.constexpr,
     REDUCE_OPERANDS: tl.constexpr, VALUES: tl.constexpr, SQUARES: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
     first_tile = tl.program_id(0) * TILES
     first_column = tl.program_id(1) * COLS * 8
-    if ASKED:
-        ahead = found_last(upcoming, ASKED, PARTS, TURNS)
     OUTPUTS: tl.constexpr = 8 if EPILOGUE == "gate" else 16
     SPAN: tl.constexpr = 32 * WARPS
     if FLAT:
@@ -125,8 +121,6 @@ def linear_kernel(
             MULTIPLY, MULTIPLY_OPERANDS, loaded + (w_address, s_address, x_address, count, live),
             dtype=(tl.float32,) * (4 * TILES * COLS), is_pure=False, pack=1,
         )  # fmt: skip
-    if ASKED:
-        ask_ahead(ahead, TURNS, not PLAIN)
     if FLAT and not PLAIN:
         values = tl.inline_asm_elementwise(
             REDUCE, REDUCE_OPERANDS, sums + (thread,), dtype=(tl.float32,) * (VALUES * TILES * COLS),
@@ -295,14 +289,7 @@ def padded_rows(num_rows: int) -> int:
 
 
 def linear(
-    weight: Weight,
-    x: Tensor,
-    num_rows: int,
-    then: Then,
-    shape: Shape,
-    how: How = PATIENT,
-    launch: bool = True,
-    upcoming: Upcoming = NOTHING,
+    weight: Weight, x: Tensor, num_rows: int, then: Then, shape: Shape, how: How = PATIENT, launch: bool = True
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -314,7 +301,6 @@ def linear(
         shape: How to cut it up.
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
-        upcoming: The weights that are read next.
     """
     arguments = linear_arguments(weight, num_rows, then, shape, how)
     columns = arguments["COLS"]
@@ -329,7 +315,6 @@ def linear(
     )
     early = how.early and (num_rows <= how.early_dense or weight.kind != "bf16")
     options = {**arguments, "num_warps": shape.warps, **early_options(early)}
-    options |= upcoming.arguments(how.ahead_products, grid)
     if how.narrow and columns <= 2 and not INTERPRETED:
         options["maxnreg"] = SHARED_REGISTERS
     if launch:

@@ -27,7 +27,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.ahead import NOTHING, Upcoming, ask_ahead, found_last
 from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
@@ -127,7 +126,6 @@ def many_kernel(
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
     SHARED: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
@@ -142,8 +140,6 @@ def many_kernel(
     at = tl.arange(0, SPAN)
     k = tl.arange(0, INPUTS)
     announce(DEVICE)
-    if ASKED:
-        ahead = found_last(upcoming, ASKED, PARTS, TURNS)
     xs = x + rows[None, :] * K + k[:, None]
     if PACKED:
         tile = tl.minimum(block * T + tl.arange(0, T), TILES - 1)
@@ -175,8 +171,6 @@ def many_kernel(
             sums = dot(tl.load(weights + step * STEP), inputs, sums, DEVICE)
             if GATED:
                 others = dot(tl.load(seconds + step * STEP), inputs, others, DEVICE)
-    if ASKED:
-        ask_ahead(ahead, TURNS, DEVICE)
     index = block * SPAN + at
     if PACKED and EPILOGUE != "gate":
         index = (block * T + at // 8) * 16 + at % 8
@@ -223,7 +217,6 @@ def many(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
-    upcoming: Upcoming = NOTHING,
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -237,7 +230,6 @@ def many(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for splits M N numbers; None: made here.
-        upcoming: The weights that are read next.
     """
     rows = rows_of(num_rows)
     row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
@@ -264,8 +256,7 @@ def many(
         "MOST": MOST_SQUARES,
         "DEVICE": not INTERPRETED,
     }
-    grid: tuple[int, ...] = (row_blocks, blocks, block.splits)
-    _start(many_kernel, grid, launch)(
+    _start(many_kernel, (row_blocks, blocks, block.splits), launch)(
         *(weight.first, second.view(torch.int32) if packed else second, x, *tensors, x if parts is None else parts),
         *sizes,
         KIND=weight.kind,
@@ -282,18 +273,15 @@ def many(
         **shared,
         num_warps=block.warps,
         **early,
-        **upcoming.arguments(how.ahead_products, grid),
     )
     if block.splits > 1:
-        grid = (num_rows, -(-outputs // CHUNK))
-        _start(finish_kernel, grid, launch)(
+        _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,
             RESIDUAL=then.epilogue == "residual",
             **shared,
             num_warps=4,
             **early_options(how.early),
-            **upcoming.arguments(how.ahead_finish, grid),
         )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from s2quant.runtime.kernels.ahead import ask_ahead, found_ahead
 from s2quant.runtime.kernels.launch import announce, wait
 
 
@@ -36,17 +35,13 @@ def short_kernel(
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0,
 ):  # fmt: skip
     """Attend over a context of one block: a warp has one row and one query head, and meets nobody."""
     announce(DEVICE)
-    slot = tl.program_id(0)
-    head = tl.program_id(1)
-    if ASKED:
-        program = slot + tl.num_programs(0) * head
-        ahead = found_ahead(upcoming, program, tl.num_programs(0) * HEADS, ASKED, PARTS, TURNS)
     if not FIRST:
         wait(DEVICE)
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
     kv = head // (HEADS // KV_HEADS)
     d = tl.arange(0, WIDTH)
     position = tl.minimum(tl.load(positions + slot * position_stride).to(tl.int32), last_position)
@@ -67,8 +62,6 @@ def short_kernel(
         target = tl.load(place + target)
     if FIRST:
         wait(DEVICE)
-    if ASKED:
-        ask_ahead(ahead, TURNS, DEVICE)
     row = first_row + slot
     heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
     cached = slot.to(tl.int64) * slot_stride + kv * head_stride

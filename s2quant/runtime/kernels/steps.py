@@ -17,9 +17,6 @@ whether the end is ignored, random numbers), or only a kernel that comes later a
 `first`: the last residual draw; `windows`: the semantic draw). The frame before is no concern: `embed_kernel` is never
 launched early, so all of it has ended when a frame begins. Logits, and the hidden vector with its squares, are read
 after waiting: kernels that write them may still be at work when this one starts.
-
-Few rows are few programs, and a multiprocessor asks for only so many bytes at a time. So weights ahead are asked for by
-HELPERS more programs, the last ones, that do nothing else.
 """
 
 from __future__ import annotations
@@ -30,13 +27,11 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.ahead import Upcoming, ask_ahead, found_ahead
 from s2quant.runtime.kernels.best import best_32, last_of, shares_of
 from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options
 from s2quant.runtime.sampler import RAS_TEMPERATURE, RAS_TOP_P, RAS_WINDOW, SMALLEST_UNIFORM
 
 SEMANTIC_WARPS, RESIDUAL_WARPS = 8, 4  # of the draws' programs
-HELPERS = 64  # programs that ask for weights ahead
 LEAST_BITS = 7  # 2 ** 7 candidates for a warp of a draw, or more; see `draw_arguments`
 
 
@@ -66,28 +61,12 @@ def _write_vector(x, d, inside, norm, target, hidden, out, squares, row, D):
 
 
 @triton.jit
-def _help(
-    upcoming, helper, num_helpers, ASKED: tl.constexpr, PARTS: tl.constexpr, TURNS: tl.constexpr, DEVICE: tl.constexpr
-):  # fmt: skip
-    """Ask for weights ahead."""
-    ahead = found_ahead(upcoming, helper, num_helpers, ASKED, PARTS, TURNS)
-    begin(DEVICE)
-    ask_ahead(ahead, TURNS, DEVICE)
-
-
-@triton.jit
 def embed_kernel(
     columns, text, audio, norm, place, hidden, out, squares, first_semantic, last_semantic, codebook_size, root,
     D: tl.constexpr, BLOCK: tl.constexpr, CODEBOOKS: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0, HELPERS: tl.constexpr = 0,
 ):  # fmt: skip
     """Look up a column: the token, and at a frame its codes, as `SlowAR.embed` rounds them."""
     row = tl.program_id(0)
-    if HELPERS:
-        helper = row - (tl.num_programs(0) - HELPERS)
-        if helper >= 0:
-            _help(upcoming, helper, HELPERS, ASKED, PARTS, TURNS, DEVICE)
-            return
     d = tl.arange(0, BLOCK)
     inside = d < D
     weight, target = _next_linear(norm, place, d, inside, PLACED)
@@ -159,7 +138,6 @@ def semantic_kernel(
     C: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
     WINDOW: tl.constexpr, COLUMN: tl.constexpr, RAS_T: tl.constexpr, RAS_P: tl.constexpr, SMALLEST: tl.constexpr,
     D: tl.constexpr, D_BLOCK: tl.constexpr, MAX_SQUARES: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0, HELPERS: tl.constexpr = 0,
 ):  # fmt: skip
     """Begin the Fast AR: a program draws the semantic code or the end, with its one swap, and embeds it; another norms
     the hidden vector, which waits for no draw.
@@ -167,11 +145,6 @@ def semantic_kernel(
     END: tl.constexpr = C - 1
     BLOCK: tl.constexpr = 2**BITS
     row = tl.program_id(0)
-    if HELPERS:
-        helper = row - (tl.num_programs(0) - HELPERS)
-        if helper >= 0:
-            _help(upcoming, 2 * helper + tl.program_id(1), 2 * HELPERS, ASKED, PARTS, TURNS, DEVICE)
-            return
     d = tl.max_contiguous(tl.arange(0, D_BLOCK), 1)
     inside = d < D
     weight, target = _next_linear(norm, place, d, inside, PLACED)
@@ -282,16 +255,10 @@ def residual_kernel(
     R: tl.constexpr, BITS: tl.constexpr, BEST: tl.constexpr, KEPT: tl.constexpr, NOISE: tl.constexpr,
     BEFORE: tl.constexpr, CODEBOOKS: tl.constexpr, SMALLEST: tl.constexpr, D: tl.constexpr, D_BLOCK: tl.constexpr,
     LAST: tl.constexpr, PLACED: tl.constexpr, DEVICE: tl.constexpr,
-    upcoming=None, ASKED: tl.constexpr = 0, PARTS: tl.constexpr = 1, TURNS: tl.constexpr = 0, HELPERS: tl.constexpr = 0,
 ):  # fmt: skip
     """Draw a residual code; feed it back, or end the frame."""
     BLOCK: tl.constexpr = 2**BITS
     row = tl.program_id(0)
-    if HELPERS:
-        helper = row - (tl.num_programs(0) - HELPERS)
-        if helper >= 0:
-            _help(upcoming, helper, HELPERS, ASKED, PARTS, TURNS, DEVICE)
-            return
     index = tl.max_contiguous(tl.arange(0, BLOCK), 1)
     d = tl.max_contiguous(tl.arange(0, D_BLOCK), 1)  # one by one, as candidates: no trip through shared memory
     inside = d < D
@@ -380,21 +347,6 @@ def draw_arguments(candidates: int, how: How, num_warps: int) -> dict[str, Any]:
     """
     bits = max(LEAST_BITS + num_warps.bit_length() - 1, (candidates - 1).bit_length())
     return {"BITS": bits, "BEST": how.best_first, "SMALLEST": SMALLEST_UNIFORM}
-
-
-def helper_arguments(upcoming: Upcoming, how: How, columns: int = 1) -> dict[str, Any]:
-    """Give the arguments of the programs that ask for weights ahead.
-
-    Args:
-        upcoming: The weights that are read next.
-        how: How kernels are launched.
-        columns: Programs of a row.
-
-    Returns:
-        The kernel's arguments; HELPERS rows are added to its grid.
-    """
-    asked = upcoming.arguments(how.ahead_draws, (HELPERS, columns))
-    return {**asked, "HELPERS": HELPERS if asked["ASKED"] else 0}
 
 
 def swap_arguments() -> dict[str, Any]:
