@@ -289,12 +289,12 @@ class FusedFrame:
         self._multiply(stack.head, x, rows, Then(epilogue="store", out=out, squares_in=squares, eps=stack.eps))
 
     def _embed(self, columns: Tensor, batch: int) -> None:
-        from s2quant.runtime.kernels import steps
+        from s2quant.runtime.kernels import launch, steps
 
         slow, config = self.model.slow, self.config
         first = self.slow.layers[0]
         place = self._place(first.qkv, batch)
-        steps.embed_kernel[(batch,)](
+        launch.start(steps.embed_kernel, (batch,))(
             columns,
             slow.embeddings.weight,
             slow.codebook_embeddings.weight,
@@ -314,11 +314,11 @@ class FusedFrame:
         )
 
     def _semantic(self, state: FrameState, batch: int, squares: Tensor) -> None:
-        from s2quant.runtime.kernels import steps
+        from s2quant.runtime.kernels import launch, steps
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, 2 * batch)
-        steps.semantic_kernel[(batch, 2)](
+        launch.start(steps.semantic_kernel, (batch, 2))(
             self.logits,
             state.noise,
             state.temperature,
@@ -356,11 +356,11 @@ class FusedFrame:
         )
 
     def _residual(self, state: FrameState, batch: int, code: int) -> None:
-        from s2quant.runtime.kernels import steps
+        from s2quant.runtime.kernels import launch, steps
 
         config, first = self.config, self.fast.layers[0]
         place = self._place(first.qkv, batch)
-        steps.residual_kernel[(batch,)](
+        launch.start(steps.residual_kernel, (batch,))(
             self.fast_logits,
             state.noise,
             state.temperature,

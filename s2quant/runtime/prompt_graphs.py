@@ -121,6 +121,9 @@ class PromptReader:
             self._run(size, self.context_bucket(min(start + done + size, length)))
             done += size
 
+    def _has_kernels(self, size: int) -> bool:
+        return self.fused is not None and size <= self.fused.prompt_rows
+
     def _run(self, size: int, context: int) -> None:
         """Read the piece that has been put in place."""
         if not self.captured:
@@ -136,6 +139,10 @@ class PromptReader:
 
         So nothing has to be put back, and no memory is set aside for another stream.
         """
+        if self._has_kernels(size):
+            from s2quant.runtime.kernels.launch import compile_together
+
+            compile_together(lambda: self._piece(size, context))
         self._piece(size, context)  # warm-up: libraries choose their kernels, Triton compiles and loads its own
         graph = torch.cuda.CUDAGraph()
         with capture(graph, self.pool()):
@@ -147,7 +154,7 @@ class PromptReader:
         """Read a piece; no shape depends on a value, and nothing waits for the device."""
         assert self._table is not None
         positions = self._start + torch.arange(size, device=self._start.device)
-        if self.fused is not None and size <= self.fused.prompt_rows:
+        if self.fused is not None and self._has_kernels(size):
             columns = self._tokens[0, :, :size].T.contiguous()
             self.fused.read(columns, positions, self._slot, self.cache, self._table, context)
             return

@@ -27,7 +27,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, wait
+from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, start, wait
 from s2quant.runtime.kernels.short import short_kernel
 
 SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
@@ -364,9 +364,9 @@ def attention(
         **early_options(how.early),
     }  # fmt: skip
     if context <= 16 and how.flat and slot is None:
-        short_kernel[(batch, heads)](*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
+        start(short_kernel, (batch, heads))(*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
-    attention_kernel[(batch, kv_heads, num_splits(context, least))](
+    start(attention_kernel, (batch, kv_heads, num_splits(context, least)))(
         *whole,
         positions if slot is None else slot,
         *cached,

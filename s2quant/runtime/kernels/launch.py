@@ -4,6 +4,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,3 +130,47 @@ def early_options(early: bool) -> dict[str, Any]:
         Options of a launch; none where Triton does not know how.
     """
     return {"launch_pdl": True} if early and KNOWS_EARLY else {}
+
+
+_COMPILED_ONLY: ContextVar[bool] = ContextVar("_COMPILED_ONLY", default=False)  # of this thread
+
+
+def start(kernel: Any, grid: tuple[int, ...], launch: bool = True) -> Callable[..., Any]:
+    """Give what launches a kernel; within `compile_together`, what only compiles it.
+
+    Args:
+        kernel: A kernel of Triton.
+        grid: Its programs.
+        launch: Whether to launch it at all, not only to compile it.
+
+    Returns:
+        To be called with the kernel's arguments and options.
+    """
+    if launch and not _COMPILED_ONLY.get():
+        found: Callable[..., Any] = kernel[grid]
+        return found
+    return lambda *values, **options: kernel.warmup(*values, grid=grid, **options)
+
+
+def compile_together(work: Callable[[], object]) -> None:
+    """Compile the kernels that something launches side by side, in threads; nothing is launched.
+
+    One after the other, the kernels of a frame take 8 s and more of one core. What is compiled already costs little.
+    Where Triton does not know how (or interprets), nothing is done: kernels are then compiled as they are launched, as
+    are those that cannot be compiled, which then say so.
+
+    Args:
+        work: Launches by `start` and waits for nothing that a kernel computes.
+    """
+    if INTERPRETED:
+        return
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    token = _COMPILED_ONLY.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            work()
+    finally:
+        _COMPILED_ONLY.reset(token)

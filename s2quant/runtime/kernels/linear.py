@@ -24,7 +24,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options, start
 from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
 from s2quant.runtime.kernels.ptx import (
     COLUMNS,
@@ -317,10 +317,7 @@ def linear(
     options = {**arguments, "num_warps": shape.warps, **early_options(early)}
     if how.narrow and columns <= 2 and not INTERPRETED:
         options["maxnreg"] = SHARED_REGISTERS
-    if launch:
-        linear_kernel[grid](*values, **options)
-    else:
-        linear_kernel.warmup(*values, grid=grid, **options)
+    start(linear_kernel, grid, launch)(*values, **options)
 
 
 def _tensors(then: Then, any_tensor: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
-from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, wait
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, start, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
 
 
@@ -256,7 +256,7 @@ def many(
         "MOST": MOST_SQUARES,
         "DEVICE": not INTERPRETED,
     }
-    _start(many_kernel, (row_blocks, blocks, block.splits), launch)(
+    start(many_kernel, (row_blocks, blocks, block.splits), launch)(
         *(weight.first, second.view(torch.int32) if packed else second, x, *tensors, x if parts is None else parts),
         *sizes,
         KIND=weight.kind,
@@ -275,7 +275,7 @@ def many(
         **early,
     )
     if block.splits > 1:
-        _start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
+        start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,
             RESIDUAL=then.epilogue == "residual",
@@ -283,8 +283,3 @@ def many(
             num_warps=4,
             **early_options(how.early),
         )
-
-
-def _start(kernel: Any, grid: tuple[int, ...], launch: bool) -> Any:
-    """Give what launches a kernel, or only compiles it."""
-    return kernel[grid] if launch else lambda *values, **options: kernel.warmup(*values, grid=grid, **options)

@@ -16,7 +16,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.attention import Layer
-from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options
+from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options, start
 from s2quant.runtime.kernels.short import turned
 
 
@@ -59,7 +59,7 @@ def keep(layer: Layer, qkv: Tensor, positions: Tensor, slot: Tensor, how: How) -
     """
     _, kv_heads, capacity, width = layer.keys.shape
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
-    keep_kernel[(len(positions), kv_heads)](
+    start(keep_kernel, (len(positions), kv_heads))(
         *(qkv, qkv if layer.k_norm is None else layer.k_norm, layer.table, positions, slot, layer.keys, layer.values),
         *(capacity - 1, layer.keys.stride(0), layer.keys.stride(1), layer.eps),
         HEADS=qkv.shape[1] // width - 2 * kv_heads,
