@@ -35,7 +35,7 @@ FIRST = {
     "first-prompt-graphs": ("--prompt-graphs", "--no-codec-graphs"),
     "first-graphs": ("--prompt-graphs",),  # the codec's by themselves, on a GPU
 }
-ROOM_FRAMES = 4000  # with the prompt nearly 4096 positions: keys and values are there for all of them
+ROOM_FRAMES = 4000  # with the prompt nearly 4096 positions; all are spoken
 LOAD = """
 import json, sys, time
 started = time.perf_counter()
@@ -47,6 +47,22 @@ loaded = time.perf_counter()
 next(engine.stream("Hello there.", max_frames=60))
 ready = time.perf_counter()
 print(json.dumps({"import_s": imported - started, "load_s": loaded - imported, "first_sound_s": ready - loaded}))
+"""
+SPEAK = """
+import json, sys, torch
+from s2quant.runtime.loading import load_engine
+from s2quant.runtime.speech import Request
+limit = float(sys.argv[5]) * 1e9 if len(sys.argv) > 5 else None
+folder, device, linears, frames = sys.argv[1:5]
+engine = load_engine(
+    folder, device, linears=linears, num_slots=1, decoder="fast", memory_limit_bytes=limit, encoder_on_host=True
+)
+text = "Hello there. This sentence is spoken."
+samples = 0
+for chunk, speech in engine.stream_request(Request(text=text, max_frames=int(frames), ignore_end=True)):
+    samples += len(chunk)
+peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
+print(json.dumps({"samples": samples, "num_frames": speech.codes.shape[1], "peak_device_bytes": peak}))
 """
 
 
@@ -182,13 +198,12 @@ def memory(check: Check) -> dict[str, Any]:
     Where torch's allocator fails for memory in pieces, its segments that expand are tried, too.
     """
     options = check.options
-    words = ["-m", "s2quant.cli", "speak", "Hello there. This sentence is spoken.", "--model", str(check.w4)]
-    words += ["--device", options.device, "--linears", options.linears, "--decoder", "fast", "--stream", "--json"]
-    words += ["--max-frames", str(ROOM_FRAMES), "--force", "--low-memory"]
+    count = ROOM_FRAMES if options.size == "s2-pro" else 40
+    words = ["-c", SPEAK, str(check.w4), options.device, options.linears, str(count)]
     found = {}
     for limit in ("8", "7", "6.5", "6") if options.device.startswith("cuda") else (None,):
         name = f"memory-{limit}"
-        limited = [*words, *([] if limit is None else ["--memory-limit", limit]), "--out", str(options.work / "x.wav")]
+        limited = [*words, *([] if limit is None else [limit])]
         found[name] = check.run(name, limited)
         if found[name]["status"] != 0 and limit is not None:
             name += "-expandable"

@@ -32,7 +32,7 @@ def test_parts_of_the_script(script, tmp_path, monkeypatch):
         assert parts["load"][name]["status"] == 0
         assert json.loads(parts["load"][name]["last"][0])["first_sound_s"] > 0
     said = parts["memory"]["memory-None"]
-    assert said["status"] == 0 and json.loads(said["last"][0])["num_frames"] > 0
+    assert said["status"] == 0 and json.loads(said["last"][0])["num_frames"] == 40
     assert parts["against"]["left out"] == "no --against"
 
 
