@@ -90,7 +90,7 @@ class Readings:
             decoder.cache,
             decoder._context_bucket,
             decoder.graphs_wanted,
-            lambda: decoder._pool,
+            decoder._pool,
             most,
             fused,
         )

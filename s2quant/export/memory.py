@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 import torch
 
-from s2quant.runtime.memory import limit_memory
+from s2quant.runtime.memory import limit_memory, release_memory
 
 LOW_MEMORY_BYTES = 12_000_000_000
 LOW_MEMORY_SLOTS = 2
@@ -61,7 +61,7 @@ def take_peak_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
+    release_memory()  # of what was just dropped, cycles too
     torch.cuda.reset_peak_memory_stats(device)
     return peak
 

@@ -15,6 +15,7 @@ ahead of its use, and in turns, so that no frame waits for the blocks of all slo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -151,9 +152,9 @@ class FastDecoder:
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
         self.reader: PromptReader | None = None
         if prompt_graphs:
-            wanted = self.graphs_wanted
+            bucket = partial(_bucket, first=FIRST_CONTEXT, most=self.max_positions)  # not this decoder's: no cycle
             self.reader = PromptReader(
-                model.slow, self.cache, self._context_bucket, wanted, lambda: self._pool, fused=self._fused
+                model.slow, self.cache, bucket, self.graphs_wanted, self._pool, fused=self._fused
             )
         self._num_reads = 0
         self._noises: list[Noise | None] = [None] * num_slots
@@ -247,6 +248,8 @@ class FastDecoder:
                 self.reader.forget()
             if self._pool is not None:  # torch does not take a pool again that has lost all of its graphs
                 self._pool = torch.cuda.graph_pool_handle()
+                if self.reader is not None:
+                    self.reader.pool = self._pool
             self.cache.ensure(self._context_bucket(capacity))
             self._table = self.model.slow.rotary.table(self.cache.capacity, self.device)
 

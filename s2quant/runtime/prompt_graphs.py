@@ -54,7 +54,7 @@ class PromptReader:
         context_bucket: Gives C for the number of positions that are looked at; no more than the cache has for as many
             as it has.
         captured: Whether pieces are captured as CUDA graphs; only on a CUDA device.
-        pool: Gives the memory pool of the graphs, which no other stream uses.
+        pool: The memory pool of the graphs, which no other stream uses; another one when these are forgotten.
         most: Positions of the largest piece; None: what `fused` takes, else MOST_PIECE.
         fused: Whose kernels read the pieces that are small enough; None: nobody's.
     """
@@ -65,7 +65,7 @@ class PromptReader:
         cache: KVCache,
         context_bucket: Callable[[int], int],
         captured: bool,
-        pool: Callable[[], Any] = lambda: None,
+        pool: Any = None,
         most: int | None = None,
         fused: FusedFrame | None = None,
     ) -> None:
@@ -145,7 +145,7 @@ class PromptReader:
             compile_together(lambda: self._piece(size, context))
         self._piece(size, context)  # warm-up: libraries choose their kernels, Triton compiles and loads its own
         graph = torch.cuda.CUDAGraph()
-        with capture(graph, self.pool()):
+        with capture(graph, self.pool):
             self._piece(size, context)
         return graph
 

@@ -137,6 +137,36 @@ def test_a_limit_is_a_share_of_the_device(monkeypatch):
             memory.limit_memory(device, nothing * 1e9)
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_run_with_low_memory_lifts_its_limit_again(name, monkeypatch):
+    from s2quant.export.memory import LOW_MEMORY_BYTES, device_cap
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(total_memory=80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: seen.append(a))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with device_cap(torch.device(name)):
+        assert seen == [(pytest.approx((LOW_MEMORY_BYTES - 6e8) / 80e9), 1)]
+    assert seen[1:] == [(1.0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_an_engine_that_is_given_up_holds_nothing(tiny_folder, kind):
+    """Without a cycle that waits for the garbage collector, which knows nothing of a GPU's memory."""
+    options = {"prompt_graphs": True} if kind == "fast" else {}
+    gc.collect()
+    gc.disable()
+    try:
+        engine = load_engine(tiny_folder, decoder=kind, num_slots=2, **options)
+        list(engine.generate([Request(text="Hi.", max_frames=3, seed=seed) for seed in range(3)]))
+        list(engine.stream("Hello.", max_frames=3))
+        held = [weakref.ref(engine), weakref.ref(engine.model), weakref.ref(engine.codec)]
+        del engine
+        assert [one() for one in held] == [None, None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_limit_on_a_cpu_is_refused(tiny_folder, tmp_path, capsys):
     from s2quant.cli import main
 
