@@ -38,6 +38,11 @@ def add(commands: Any) -> None:
         help="fast: prompts in padded pieces, by graphs; the default on a GPU",
     )
     command.add_argument(
+        "--prompts-together",
+        action=argparse.BooleanOptionalAction,
+        help="fast: prompts that begin before the same frame are read together",
+    )
+    command.add_argument(
         "--streams", default="", metavar="1,8,32", help="streams at a time that are played in real time: any gaps?"
     )
     command.add_argument(
@@ -91,6 +96,7 @@ def _bench(options: argparse.Namespace) -> int:
             linears=options.linears,
             decoder=options.decoder,
             prompt_graphs=options.prompt_graphs,
+            prompts_together=options.prompts_together,
             progress=report,
         )
     if options.out is not None:

@@ -75,6 +75,7 @@ def measure_speed(
     memory_limit_gb: float | None = None,
     low_memory: bool = False,
     codec_graphs: bool | None = None,
+    prompts_together: bool | None = None,
     against: Upstream | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
@@ -96,20 +97,21 @@ def measure_speed(
         memory_limit_gb: The most memory of the GPU for all arms together, in 10^9 bytes; None: all of it.
         low_memory: Whether the codecs' encoders rest on the host.
         codec_graphs: Whether streams have chunks decoded by graphs, see `Engine`.
+        prompts_together: Whether prompts are read together, see `Engine`.
         against: A fish-speech checkout that is timed beside us, on the first checkpoint; None: none.
         progress: Told the phase, the rounds done and their total.
 
     Returns:
-        version, device, dtype, decoder, prompt_graphs, memory_limit_gb, low_memory, codec_graphs, text, num_frames,
-        repeats, warmup_s (of all arms), `arms` (per name: folder_bytes, load_s, loaded_bytes, warmup_s, backends,
-        decoding: see `describe_decoding`), and `rows`, one per batch size and arm: concurrency, arm, ms_per_frame, rtf,
-        ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes, peak_reserved_bytes, stages_s (encode,
-        prefill, ar, codec), ratio (ms_per_frame over the first arm's, the median of the rounds' own ratios), samples
-        (every timed round). Memory is that of speaking and decoding, and None on a CPU; first_audio_s is that of one
-        stream alone, without a voice, and None in the rows of other batch sizes. `first_audio` has the rows of
-        `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of `measure_upstream`, with
-        same_first_code (whether our first arm's likeliest code is the same) and ratios (its ms_per_frame over that of
-        every arm at batch 1); each is empty unless it was asked for.
+        version, device, dtype, decoder, prompt_graphs, memory_limit_gb, low_memory, codec_graphs, prompts_together,
+        text, num_frames, repeats, warmup_s (of all arms), `arms` (per name: folder_bytes, load_s, loaded_bytes,
+        warmup_s, backends, decoding: see `describe_decoding`), and `rows`, one per batch size and arm: concurrency,
+        arm, ms_per_frame, rtf, ar_rtf, first_audio_s, frames_per_s, audio_s_per_s, peak_device_bytes,
+        peak_reserved_bytes, stages_s (encode, prefill, ar, codec), ratio (ms_per_frame over the first arm's, the median
+        of the rounds' own ratios), samples (every timed round). Memory is that of speaking and decoding, and None on a
+        CPU; first_audio_s is that of one stream alone, without a voice, and None in the rows of other batch sizes.
+        `first_audio` has the rows of `measure_first_audio`, `streams` those of `measure_streams`, `upstream` those of
+        `measure_upstream`, with same_first_code (whether our first arm's likeliest code is the same) and ratios (its
+        ms_per_frame over that of every arm at batch 1); each is empty unless it was asked for.
 
     Raises:
         UserError: A number is out of range, or a folder, the text, the device or the dtype cannot be used.
@@ -126,6 +128,7 @@ def measure_speed(
         "prompt_graphs": prompt_graphs,
         "encoder_on_host": low_memory,
         "codec_graphs": codec_graphs,
+        "prompts_together": prompts_together,
     }
     arms = [_load(name, folder, target, dtype, how) for name, folder in folders.items()]
     requests = [Request(text=text, seed=seed, max_frames=num_frames, ignore_end=True) for seed in range(slots)]
@@ -153,6 +156,7 @@ def measure_speed(
         "memory_limit_gb": memory_limit_gb,
         "low_memory": low_memory,
         "codec_graphs": arms[0].engine.codec_graphs,
+        "prompts_together": arms[0].engine.prompts_together,
         "text": text,
         "num_frames": num_frames,
         "repeats": repeats,

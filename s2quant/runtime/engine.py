@@ -37,7 +37,7 @@ from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.lagged import LaggedSlots
 from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
-from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS
+from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS, reads_together
 from s2quant.runtime.resting import RestingDecoders
 from s2quant.runtime.slots import Event, Slots
 from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
@@ -83,10 +83,11 @@ class Engine:
             (`s2quant.runtime.prompt_graphs`); None: as measured to be better (PROMPT_GRAPHS), on a CUDA device.
         codec_graphs: Whether streams have chunks decoded by graphs (`s2quant.runtime.chunk_graphs`); None: as measured
             to be better (CODEC_GRAPHS), on a CUDA device.
+        prompts_together: Whether prompts that begin before the same frame are read together, with the same bits; None:
+            as measured to be better (PROMPTS_TOGETHER), where they can.
 
     Raises:
-        UserError: num_slots is not positive, the decoder is unknown, the plain one shall read by graphs, or a codec on
-            a CPU shall have them.
+        UserError: num_slots is not positive, the decoder is unknown, or something that is asked for cannot be done.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Engine:
         residual_size: int = RELEASED_RESIDUAL_SIZE,
         prompt_graphs: bool | None = None,
         codec_graphs: bool | None = None,
+        prompts_together: bool | None = None,
     ) -> None:
         if decoder not in DECODERS:
             raise UserError(f"decoder {decoder!r}", f"one of {', '.join(DECODERS)}", "name one of these")
@@ -122,6 +124,8 @@ class Engine:
         if codec is not None:
             residual_size = codec.config.residual_size
         self.residual_size = min(residual_size, self.config.codebook_size)
+        by_pieces = self.prompt_graphs and self.decoder == "fast"
+        self.prompts_together = reads_together(prompts_together, by_pieces, model, self.residual_size)
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
@@ -257,8 +261,7 @@ class Engine:
         Raises:
             UserError: A request cannot be spoken; raised before any is.
         """
-        batches = [self.prepare(request) for request in requests]
-        num_slots = min(self.num_slots, len(requests))
+        batches, num_slots = [self.prepare(request) for request in requests], min(self.num_slots, len(requests))
         make = self._fast_events if self.decoder == "fast" else self._plain_events
         doing = f"speaking, up to {num_slots} at a time"
         return memory.guarded_iterator(make(num_slots, requests, batches), doing, memory.SPEAKING_TODO, self.release)
@@ -276,7 +279,8 @@ class Engine:
         """Speak on the fast decoder: one at rest that has this many slots, or a new one."""
         decoder = self._resting.take(num_slots, self.model)
         if decoder is None:
-            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, prompt_graphs=self.prompt_graphs)
+            how = {"prompt_graphs": self.prompt_graphs, "prompts_together": self.prompts_together}
+            decoder = FastDecoder(self.model, num_slots, 0, self.residual_size, **how)
             decoder.prefixes = self.prefixes
         try:
             yield from LaggedSlots(decoder, requests, batches, self._prompt, self._prefix_length).run()

@@ -113,6 +113,7 @@ class FastDecoder:
         graphs: Whether frames are captured as CUDA graphs; only on a CUDA device.
         fused: Whether frames are made by our own kernels (`s2quant.runtime.fused`); None: where they can.
         prompt_graphs: Whether prompts are read in padded pieces (`s2quant.runtime.prompt_graphs`), captured as frames.
+        prompts_together: Whether those that begin before the same frame are read together, where the kernels read them.
 
     Raises:
         UserError: Kernels are wanted and cannot run this model.
@@ -127,6 +128,7 @@ class FastDecoder:
         graphs: bool | None = None,
         fused: bool | None = None,
         prompt_graphs: bool = False,
+        prompts_together: bool = False,
     ) -> None:
         self.model, self.config, self.num_slots, self.residual_size = model, model.config, num_slots, residual_size
         weight = model.slow.embeddings.weight
@@ -153,9 +155,8 @@ class FastDecoder:
         self.reader: PromptReader | None = None
         if prompt_graphs:
             bucket = partial(_bucket, first=FIRST_CONTEXT, most=self.max_positions)  # not this decoder's: no cycle
-            self.reader = PromptReader(
-                model.slow, self.cache, bucket, self.graphs_wanted, self._pool, fused=self._fused
-            )
+            how = (self.graphs_wanted, self._pool, None, self._fused, prompts_together)
+            self.reader = PromptReader(model.slow, self.cache, bucket, *how)
         self._num_reads = 0
         self._noises: list[Noise | None] = [None] * num_slots
         self.positions = [0] * num_slots  # where each slot's next column goes, known to the host
@@ -204,7 +205,7 @@ class FastDecoder:
         state.ignore_end[slot] = ignore_end
 
     def begin(self, slot: int, tokens: Tensor, drawn: int, held: int = 0, prefix: int = 0) -> None:
-        """Read a prompt into a slot; the next frame is the first after it.
+        """Read a prompt into a slot, before the next frame at the latest; that is the first after it.
 
         Args:
             slot: The slot; what it held behind the first `held` positions is overwritten.
@@ -215,6 +216,8 @@ class FastDecoder:
         """
         slow, state, length = self.model.slow, self.state, tokens.shape[1]
         self.ensure(length)
+        if self.reader is not None and self.reader.waits(slot):  # a run that was given up has left it
+            self.reader.catch_up()
         assert drawn <= self._made[slot] <= drawn + KEPT, (drawn, self._made[slot])
         state.columns[slot] = tokens[:, -1].to(self.device)  # waits for the device, so before it is given work
         before, kept, reader = tokens[:, :-1], self.prefixes, self.reader
@@ -230,6 +233,8 @@ class FastDecoder:
             source: Its slot.
             target: The slot to overwrite.
         """
+        if self.reader is not None:
+            self.reader.catch_up()
         self.cache.move(source, target, min(self.positions[source], self.cache.capacity))
         self.state.move(source, target)
         self._noises[target] = self._noises[source]
@@ -264,6 +269,8 @@ class FastDecoder:
         Returns:
             The columns to come; to be read before NUM_READS more frames are asked for.
         """
+        if self.reader is not None:
+            self.reader.catch_up()
         for slot in range(count):
             self._make_noise(slot)
         live = min(max(self.positions[:count]) + 1, self.cache.capacity)

@@ -131,14 +131,14 @@ class FusedFrame:
             self._residual(state, batch, code)
 
     def read(
-        self, columns: Tensor, positions: Tensor, slot: Tensor, cache: KVCache, table: Tensor, context: int
+        self, columns: Tensor, positions: Tensor, slots: Tensor, cache: KVCache, table: Tensor, context: int
     ) -> None:
-        """Bring keys and values of a piece of a prompt into a slot.
+        """Bring keys and values of a piece, of one prompt or of several, into their slots.
 
         Args:
             columns: int64 [T, 1+N], T at most `prompt_rows`; padding at the end.
-            positions: int64 [T], rising; those behind the cache's end are padding.
-            slot: int64 [1], which holds the positions before.
+            positions: int64 [T], rising within a slot; those behind the cache's end are padding.
+            slots: int64 [T], whose they are; each holds the positions before.
             cache: Of the Slow AR.
             table: [P, h/2, 2], the Slow AR's rotary rows, for every position of the cache.
             context: Positions looked at; more than every position that is no padding, at most `prompt_context`.
@@ -156,18 +156,18 @@ class FusedFrame:
             if number == len(self.slow.layers) - 1:  # what comes after its keys and values, nobody reads
                 then = Then(epilogue="store", out=self.slow.qkv, squares_in=squares, eps=self.slow.eps)
                 self._multiply(layer.qkv, self.x, rows, then)
-                keep(attended, self.slow.qkv, positions, slot, self.how)
+                keep(attended, self.slow.qkv, positions, slots, self.how)
             else:
                 where = [(attended, positions, 0)]
-                squares = self._block(0, number, rows, squares, where, (rows, context), scratch, slot)
+                squares = self._block(0, number, rows, squares, where, (rows, context), scratch, slots)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
     def _prompt_splits(self, rows: int) -> int:
         """Count the splits of the longest context for so many rows of a prompt."""
-        from s2quant.runtime.kernels.attention import least_stretch, num_splits
+        from s2quant.runtime.kernels.attention import PIECE_ROWS, least_stretch, num_splits
 
-        least = least_stretch(rows * self.config.slow.n_local_heads, self._how_of(1))
+        least = least_stretch(min(rows, PIECE_ROWS) * self.config.slow.n_local_heads, self._how_of(1))
         return num_splits(self.prompt_context, least)
 
     def _squares(self, which: int, rows: int, linear: PlacedLinear) -> Tensor:
@@ -226,7 +226,7 @@ class FusedFrame:
         where: list[tuple[Layer, Tensor, int]],
         sizes: tuple[int, int],
         scratch: Scratch,
-        slot: Tensor | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """Run one block; float32 [rows, S], the partial sums of squares of the result."""
         from s2quant.runtime.kernels.attention import attention
@@ -239,8 +239,8 @@ class FusedFrame:
         then = Then(epilogue="store", out=stack.qkv, squares_in=squares, eps=stack.eps)
         self._multiply(layer.qkv, self.x, rows, then)
         for attended, positions, first_row in where:
-            if slot is not None:
-                keep(attended, stack.qkv, positions, slot, self.how)
+            if slots is not None:
+                keep(attended, stack.qkv, positions, slots, self.how)
             attention(
                 attended,
                 stack.qkv,
@@ -251,7 +251,7 @@ class FusedFrame:
                 first_row=first_row,
                 context=sizes[1],
                 how=self.how,
-                slot=slot,
+                slots=slots,
             )
         between = self._squares(1, rows, layer.out)
         then = Then(

@@ -29,6 +29,7 @@ def load_engine(
     encoder_on_host: bool = False,
     prompt_graphs: bool | None = None,
     codec_graphs: bool | None = None,
+    prompts_together: bool | None = None,
 ) -> Engine:
     """Load everything that a checkpoint folder needs to speak.
 
@@ -47,6 +48,7 @@ def load_engine(
             while it encodes.
         prompt_graphs: See `Engine`.
         codec_graphs: See `Engine`.
+        prompts_together: See `Engine`.
 
     Returns:
         The engine.
@@ -75,6 +77,7 @@ def load_engine(
         prefix_bytes,
         prompt_graphs=prompt_graphs,
         codec_graphs=codec_graphs,
+        prompts_together=prompts_together,
     )
     engine.keep_voices(voice_cache, checkpoint.folder)
     return engine

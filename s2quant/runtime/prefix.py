@@ -145,17 +145,18 @@ def read_prompt(
         held: First positions whose keys and values are in the slot already.
         prefix: First positions that other prompts may share; 0 when none.
         prefixes: Where they are kept, or None.
-        reader: Reads in padded pieces, where it takes so many positions; None: everything is read as it is.
+        reader: Reads in padded pieces, where it takes so many positions; it may leave what is behind the prefix for
+            its `catch_up`. None: everything is read as it is.
 
     Returns:
         [1, T - start, D]: the last blocks' output at the positions read last; None when there was nothing to read, or
-        when a reader has read it.
+        when a reader reads it.
     """
     device, start = cache.keys.device, held if held >= prefix else 0  # never a prefix made of other pieces
 
-    def read(part: Tensor, first: int) -> Tensor | None:
+    def read(part: Tensor, first: int, is_kept: bool = False) -> Tensor | None:
         if reader is not None and reader.takes(part.shape[1]):
-            reader.read(slot, part, first)
+            (reader.read if is_kept else reader.leave)(slot, part, first)
             return None
         return _read(slow, cache, slot, part, first)
 
@@ -167,7 +168,7 @@ def read_prompt(
         if found is not None:
             cache.write(slot, found.keys, found.values)
         else:
-            read(tokens[:, :prefix], start)
+            read(tokens[:, :prefix], start, is_kept=True)
             if prefixes is not None and prefixes.max_bytes:
                 keys, values = cache.copy(slot, prefix)
                 prefixes.keep(key, Prefix(keys=keys, values=values))

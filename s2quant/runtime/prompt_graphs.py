@@ -3,7 +3,7 @@
 Legend: L positions of a piece, C context, N codebooks, P positions of the cache, h head width.
 
 Reading a prompt is some 2,700 small operations, which a host asks for more slowly than a GPU does them. Everything
-that differs from piece to piece (tokens, slot, first position) lives in tensors of fixed addresses; one graph exists
+that differs from piece to piece (tokens, positions, slots) lives in tensors of fixed addresses; one graph exists
 per (L, C), and all give their memory back to one pool. A graph leaves nothing in the pool: what it makes are keys and
 values in the cache. On a CPU the same function runs as it is.
 
@@ -12,20 +12,33 @@ written all the same, at positions that nobody looks at before they are written 
 written in order, by the next piece, then by frames, and whoever looks from position p has written p himself and sees
 nothing behind it. Where the cache ends, padding goes to its last position. No prompt has a real position there, as a
 prompt's last position is left to the first frame (`FastDecoder.begin`), which writes it before it looks.
+
+Where the frame's kernels read all pieces, prompts that begin before the same frame are read together: their positions,
+one prompt's after the other's, are cut into the same pieces, and each row has a slot of its own beside its position. A
+prompt may so begin within a piece and go on in the next. All keys of a piece are written before any row looks at them,
+and no row looks into another slot or behind its own position. Only the last piece is padded, with rows that go on
+behind the last prompt, in its slot: the same places as if it were read alone.
+
+A row's numbers depend on the kernels, not on its neighbours, and those depend on how many rows a piece has: one kind
+for 16, another for 64, 128 and 256 (`s2quant.runtime.kernels.choice`, `attention.PIECE_ROWS`). So prompts of up to 16
+positions share pieces of 16, all others share larger ones, and no bit depends on who is read with whom, or alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s2quant.model import SlowAR
+from s2quant.errors import UserError
+from s2quant.model import DualAR, SlowAR
 from s2quant.runtime.cache import KVCache
 from s2quant.runtime.captures import capture
+from s2quant.runtime.fused_weights import frame_obstacle
 
 if TYPE_CHECKING:
     from s2quant.runtime.fused import FusedFrame
@@ -40,9 +53,42 @@ PROMPT_GRAPHS = True
 # (reports/2026-11-26-prompts, tools/prompt_check.py --kernels 512/64,256/256).
 PROMPT_KERNELS = True
 KERNEL_PIECE = 256
-LEAST_PIECE = 16
+# Whether these kernels read the prompts that begin before the same frame together; off until a GPU has timed it
+# (tools/prompt_check.py --together 8,32,64).
+PROMPTS_TOGETHER = False
+LEAST_PIECE = 16  # rows up to which the kernels are those of few rows
+LEAST_MANY = 64
 MOST_PIECE = 512
 MOST_CONTEXT = 4096  # beyond, the mask of a piece would take more memory than a graph is worth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A prompt to be read into a slot, which holds what comes before.
+
+    Args:
+        slot: The slot.
+        tokens: int64 [1+N, T], on the CPU; T less than the positions of the cache.
+        start: First position to be read, less than T.
+    """
+
+    slot: int
+    tokens: Tensor
+    start: int
+
+    @property
+    def count(self) -> int:
+        """Positions to be read."""
+        return self.tokens.shape[1] - self.start
+
+    def rows(self) -> Tensor:
+        """Put everything about a position into one column.
+
+        Returns:
+            int64 [1+N+2, count]: the tokens, the position, the slot.
+        """
+        positions = torch.arange(self.start, self.tokens.shape[1])[None]
+        return torch.cat([self.tokens[:, self.start :], positions, torch.full_like(positions, self.slot)])
 
 
 class PromptReader:
@@ -57,6 +103,7 @@ class PromptReader:
         pool: The memory pool of the graphs, which no other stream uses; another one when these are forgotten.
         most: Positions of the largest piece; None: what `fused` takes, else MOST_PIECE.
         fused: Whose kernels read the pieces that are small enough; None: nobody's.
+        together: Whether `leave` leaves prompts to be read together, where `shares` allows it.
     """
 
     def __init__(
@@ -68,6 +115,7 @@ class PromptReader:
         pool: Any = None,
         most: int | None = None,
         fused: FusedFrame | None = None,
+        together: bool = False,
     ) -> None:
         self.slow, self.cache, self.context_bucket = slow, cache, context_bucket
         self.captured, self.pool, self.fused = captured, pool, fused
@@ -75,12 +123,17 @@ class PromptReader:
         self.most = own if most is None else most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
-            shape = (1, 1 + slow.config.num_codebooks, self.most)
-            self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-            self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-            self._start = torch.zeros(1, dtype=torch.int64, device=device)
+            self._rows = torch.zeros(3 + slow.config.num_codebooks, self.most, dtype=torch.int64, device=device)
+            self._tokens, self._positions, self._slots = self._rows[None, :-2], self._rows[-2], self._rows[-1]
+        self.together = together and self.shares
+        self._left: dict[int, Part] = {}  # by slot
         self._table: Tensor | None = None  # float32 [P, h/2, 2], of the cache as long as it is now
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def shares(self) -> bool:
+        """Whether the kernels read every piece, so that prompts may share them."""
+        return self._has_kernels(self.most)
 
     def takes(self, num_positions: int) -> bool:
         """Say whether a prompt can be read in pieces.
@@ -99,26 +152,81 @@ class PromptReader:
         self._table = None
 
     def read(self, slot: int, tokens: Tensor, start: int) -> None:
-        """Bring keys and values of the positions from `start` on into a slot.
+        """Bring keys and values of the positions from `start` on into a slot, at once.
 
         Args:
-            slot: The slot, which holds the positions before.
+            slot: The slot; see `Part`.
             tokens: int64 [1+N, T], on the CPU; `takes` its T positions, which are fewer than those of the cache.
             start: First position to be read, less than T.
         """
-        length = tokens.shape[1]
-        assert start < length < self.cache.capacity and self.takes(length), (start, length, self.cache.capacity)
+        part = Part(slot=slot, tokens=tokens, start=start)
+        if self.shares:
+            self.read_together([part])
+        else:
+            self._read([part], pieces(part.count, self.most))
+
+    def read_together(self, parts: Sequence[Part]) -> None:
+        """Bring keys and values of several prompts into their slots, with the bits that each has when read alone.
+
+        Args:
+            parts: The prompts, each of another slot; as `read` takes them.
+        """
+        assert self.shares and len({part.slot for part in parts}) == len(parts), [part.slot for part in parts]
+        few = [part for part in parts if part.count <= LEAST_PIECE]
+        many = [part for part in parts if part.count > LEAST_PIECE]
+        for group, least, most in ((few, LEAST_PIECE, LEAST_PIECE), (many, LEAST_MANY, self.most)):
+            if group:
+                self._read(group, pieces(sum(part.count for part in group), most, least))
+
+    def leave(self, slot: int, tokens: Tensor, start: int) -> None:
+        """Leave a prompt for `catch_up`; it is read at once where prompts are not read together.
+
+        Args:
+            slot: The slot, of which nothing `waits`; see `Part`.
+            tokens: As `read` takes them; not to be changed meanwhile.
+            start: First position to be read, less than T.
+        """
+        if not self.together:
+            self.read(slot, tokens, start)
+            return
+        assert not self.waits(slot), slot
+        self._left[slot] = Part(slot=slot, tokens=tokens, start=start)
+
+    def waits(self, slot: int) -> bool:
+        """Say whether a slot's prompt has been left.
+
+        Args:
+            slot: The slot.
+
+        Returns:
+            Whether it has.
+        """
+        return slot in self._left
+
+    def catch_up(self) -> None:
+        """Read what has been left."""
+        parts = list(self._left.values())
+        self._left.clear()
+        if parts:
+            self.read_together(parts)
+
+    def _read(self, parts: Sequence[Part], sizes: Sequence[int]) -> None:
+        """Read prompts, one's positions after the other's, in pieces of these sizes."""
+        for part in parts:
+            length = part.tokens.shape[1]
+            fits = part.start < length < self.cache.capacity
+            assert fits and self.takes(length), (part.start, length, self.cache.capacity)
         if self._table is None:
-            self._table = self.slow.rotary.table(self.cache.capacity, self._tokens.device).float()
-        sizes = pieces(length - start, self.most)
-        ids = F.pad(tokens[:, start:], (0, sum(sizes) - (length - start)))  # padded with text, whose id is valid
-        ids = ids.to(self._tokens.device)
-        self._slot.fill_(slot)
+            self._table = self.slow.rotary.table(self.cache.capacity, self._rows.device).float()
+        last, count = parts[-1], sum(part.count for part in parts)
+        longer = F.pad(last.tokens, (0, sum(sizes) - count))  # by text, whose id is valid
+        padding = Part(slot=last.slot, tokens=longer, start=last.tokens.shape[1])
+        rows = torch.cat([part.rows() for part in (*parts, padding)], dim=1)
+        positions, rows = rows[-2, :count], rows.to(self._rows.device)
         done = 0
         for size in sizes:
-            self._tokens[0, :, :size] = ids[:, done : done + size]
-            self._start.fill_(start + done)
-            self._run(size, self.context_bucket(min(start + done + size, length)))
+            self._rows[:, :size] = rows[:, done : done + size]
+            self._run(size, self.context_bucket(int(positions[done : done + size].max()) + 1))
             done += size
 
     def _has_kernels(self, size: int) -> bool:
@@ -153,22 +261,47 @@ class PromptReader:
     def _piece(self, size: int, context: int) -> None:
         """Read a piece; no shape depends on a value, and nothing waits for the device."""
         assert self._table is not None
-        positions = self._start + torch.arange(size, device=self._start.device)
+        positions = self._positions[:size]
         if self.fused is not None and self._has_kernels(size):
             columns = self._tokens[0, :, :size].T.contiguous()
-            self.fused.read(columns, positions, self._slot, self.cache, self._table, context)
+            self.fused.read(columns, positions, self._slots[:size], self.cache, self._table, context)
             return
         rows = self._table[positions.clamp(max=self.cache.capacity - 1)]
         x = self.slow.embed(self._tokens[:, :, :size])
-        self.slow.blocks(x, rows, self.cache.piece_attends(self._slot, positions, context))
+        self.slow.blocks(x, rows, self.cache.piece_attends(self._slots[:1], positions, context))
 
 
-def pieces(count: int, most: int) -> list[int]:
+def reads_together(asked: bool | None, in_pieces: bool, model: DualAR, residual_size: int) -> bool:
+    """Say whether a fast decoder of a model reads prompts together.
+
+    Args:
+        asked: Whether it shall; None: as measured to be better, where it can.
+        in_pieces: Whether it reads prompts in pieces at all.
+        model: The model, on its device.
+        residual_size: Entries of a residual codebook.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        UserError: It shall, and cannot.
+    """
+    if not (PROMPTS_TOGETHER if asked is None else asked):
+        return False
+    can = in_pieces and PROMPT_KERNELS
+    reason = frame_obstacle(model, residual_size) if can else "they are not read in pieces by the frame's kernels"
+    if asked and reason:
+        raise UserError(f"prompts together: {reason}", "the frame's kernels, on a GPU", "read them one by one")
+    return reason is None
+
+
+def pieces(count: int, most: int, least: int = LEAST_PIECE) -> list[int]:
     """Cut positions into pieces.
 
     Args:
         count: Positions, 1 or more.
         most: Positions of the largest piece.
+        least: Of the smallest, 16 or 64.
 
     Returns:
         Sizes in order: as many of the largest as are filled, then the smallest of 16, 64, 128, 256, ... that holds the
@@ -178,7 +311,7 @@ def pieces(count: int, most: int) -> list[int]:
     whole, rest = divmod(count, most)
     if not rest:
         return [most] * whole
-    size = LEAST_PIECE
+    size = least
     while size < rest:
         size *= 4 if size == LEAST_PIECE else 2
     return [most] * whole + [min(size, most)]

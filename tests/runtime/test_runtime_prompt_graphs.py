@@ -47,7 +47,7 @@ def in_pieces(monkeypatch):
         engine_module, "FastDecoder", lambda *args, **named: FastDecoder(*args, **{**named, "prompt_graphs": True})
     )
     monkeypatch.setattr(
-        PromptReader, "_run", lambda self, *key: (seen.append((*key, int(self._start))), run(self, *key))[1]
+        PromptReader, "_run", lambda self, *key: (seen.append((*key, int(self._positions[0]))), run(self, *key))[1]
     )
     return seen
 
@@ -117,7 +117,8 @@ def test_a_row_does_not_depend_on_padding_nor_on_what_lies_behind(small_models):
         reader = PromptReader(slow, cache, bucket, captured=False, most=size)
         reader.read(0, prompt, 0)
         reader._tokens[0, :, 12:size] = torch.tensor([(seed + 1) * 7] + [seed] * (prompt.shape[0] - 1))[:, None]
-        reader._tokens[0, :, :12], reader._start[0], reader._slot[0] = prompt, 0, 1
+        reader._tokens[0, :, :12] = prompt
+        reader._positions[:size], reader._slots[:] = torch.arange(size), 1
         reader._piece(size, context)
         found += [torch.stack([cache.keys[:, slot, :, :12], cache.values[:, slot, :, :12]]) for slot in (0, 1)]
     for other in found[1:]:
@@ -145,8 +146,8 @@ def test_no_operation_depends_on_a_value(small_models):
     reader.read(0, long_prompt("shared", 20), 0)  # makes the table
     for slot, start in ((0, 0), (2, 33), (1, 100)):
         reader._tokens[0, :, :32] = long_prompt("shared", 32).roll(start, 1)
-        reader._slot.fill_(slot)
-        reader._start.fill_(start)
+        reader._slots.fill_(slot)
+        reader._positions[:] = torch.arange(start, start + 32)
         with Listed() as listed:
             reader._piece(32, 64)
         lists.append(listed.calls)
@@ -168,7 +169,7 @@ def test_a_piece_asks_for_no_value():
             reader._piece(32, 64)
         assert len(listed.calls) > 200
         with pytest.raises(DataDependentOutputException):
-            int(reader._start)
+            int(reader._positions[0])
 
 
 @pytest.mark.parametrize(("case", "num_slots"), [("project", 3), ("shared", 1), ("shared", 2), ("shared", 20)])

@@ -32,6 +32,7 @@ from s2quant.runtime.kernels.short import short_kernel
 
 SHORT, MEDIUM = 1024, 4096  # positions below which stretches are of 64, of 128; above they are of 512
 LONGEST = 32768
+PIECE_ROWS = 64  # larger pieces of prompts have the stretches of such ones, so that their rows have the same bits
 JOINED = 8  # parts that are read at a time
 
 
@@ -110,7 +111,7 @@ def attention_kernel(
     first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
-    SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, ONE_SLOT: tl.constexpr, JOINED_: tl.constexpr,
+    SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, WRITTEN: tl.constexpr, JOINED_: tl.constexpr,
     HEADS_BLOCK: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Attend; see the module."""
@@ -125,8 +126,8 @@ def attention_kernel(
     h = tl.arange(0, HEADS_BLOCK)
     joined = (kv * SHARE + h % SHARE)[:, None] * WIDTH + d[None, :]
     cached = kv * head_stride
-    if ONE_SLOT:
-        cached += tl.load(slots) * slot_stride
+    if WRITTEN:
+        cached += tl.load(slots + slot) * slot_stride
     else:
         cached += slot.to(tl.int64) * slot_stride
     announce(DEVICE)
@@ -169,7 +170,7 @@ def attention_kernel(
         k = k.to(keys.dtype.element_ty)
         v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
         owner = split == live - 1
-        if not ONE_SLOT:
+        if not WRITTEN:
             here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
             tl.store(keys + here, k, d[None, :] >= tl.where(owner, 0, WIDTH))
             tl.store(values + here, v, d[None, :] >= tl.where(owner, 0, WIDTH))
@@ -324,7 +325,7 @@ def attention(
     first_row: int,
     context: int,
     how: How,
-    slot: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
     """Attend from one new position per row, and keep its key and value.
 
@@ -339,12 +340,12 @@ def attention(
         context: Positions looked at, at most.
         how: How to launch it; with `early` and `loads_first`, positions are those that a kernel not launched early has
             seen written.
-        slot: int64 [1], the slot of all rows, where their keys and values are already; None: each row has its own.
+        slots: int64 [B], each row's slot, where its key and value are already; None: row i has slot i, as yet without.
     """
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
     splits = scratch.sums.shape[2]
-    least = least_stretch(batch * kv_heads, how)
+    least = least_stretch((batch if slots is None else min(batch, PIECE_ROWS)) * kv_heads, how)
     assert num_splits(context, least) <= splits and heads // kv_heads <= 16, (context, splits, heads, kv_heads)
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
     nothing: Any = out
@@ -363,12 +364,12 @@ def attention(
         "PLACED": layer.place is not None, "FIRST": how.loads_first, "DEVICE": not INTERPRETED,
         **early_options(how.early),
     }  # fmt: skip
-    if context <= 16 and how.flat and slot is None:
+    if context <= 16 and how.flat and slots is None:
         start(short_kernel, (batch, heads))(*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
     start(attention_kernel, (batch, kv_heads, num_splits(context, least)))(
         *whole,
-        positions if slot is None else slot,
+        positions if slots is None else slots,
         *cached,
         *(scratch.sums, scratch.stats, scratch.arrived),
         *rest,
@@ -378,8 +379,8 @@ def attention(
         LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
-        AHEAD=slot is None and how.loads_first and how.keys_first and context > 16 and least == 64,  # else registers
-        ONE_SLOT=slot is not None,
+        AHEAD=slots is None and how.loads_first and how.keys_first and context > 16 and least == 64,  # else registers
+        WRITTEN=slots is not None,
         JOINED_=JOINED,
         HEADS_BLOCK=triton.next_power_of_2(heads // kv_heads),
         num_warps=how.attention_warps,
