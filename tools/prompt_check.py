@@ -1,6 +1,7 @@
 """Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
 
     python tools/prompt_check.py MODEL --out FILE.json [--kernels 512/64,64/64] [--most 64] [--lengths 1,15,...]
+        [--together 8,32]
 
 Legend: T positions, N codebooks, C columns that may follow in speech.
 
@@ -10,8 +11,11 @@ apart is what rounding does; graphs may be twice as far apart from slot 0 as the
 number's own precision). What else must hold is exact: a graph writes the same bits in every slot and every time, and
 touches no slot but its own and nothing before the positions it reads. (The hidden vector and the logits are those of
 one more position, read the eager way, which on a GPU does not give the same bits every time: "eager_again".) Exit
-status 1: it is not so, and FILE.json says for which prompts. `--device cpu` tries the script itself, with pieces but no
-graphs.
+status 1: it is not so, and FILE.json says for which prompts.
+
+`--together 8,32` also seats so many prompts behind a prefix that is kept, and reads them one by one and together: how
+long both take, and whether all keys and values have the same bits. `--device cpu` tries the script itself, with pieces
+but no graphs.
 """
 
 from __future__ import annotations
@@ -33,11 +37,12 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.load import load_model
-from s2quant.runtime.prefix import read_prompt
+from s2quant.runtime.prefix import PrefixCache, read_prompt
 from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, pieces
 from s2quant.sampling import Sampling
 
 LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64"
+PREFIX = 130  # positions that prompts read together share
 PARTS = ("keys", "values", "hidden", "logits")
 LEAST, TIMES = 2**-8, 2.0  # what graphs may be apart: this, or so many times what eager readings are
 
@@ -167,6 +172,51 @@ def case(readings: Readings, count: int, start: int, repeats: int) -> dict[str, 
     return row
 
 
+@torch.inference_mode()
+def together(readings: Readings, count: int, most_positions: int | None, repeats: int) -> dict[str, Any]:
+    """Read many prompts behind a kept prefix one by one and together: of 20 positions each, or of up to so many."""
+    config = readings.model.config
+    prefix = random_prompt(config, PREFIX)
+    sizes = [20 if most_positions is None else 1 + 37 * n % most_positions for n in range(count)]
+    prompts = [
+        torch.cat([prefix, random_prompt(config, 1000 + n)[:, : size + 1]], dim=1) for n, size in enumerate(sizes)
+    ]
+    found: list[tuple[float, float, int, list[tuple[Tensor, Tensor]]]] = []
+    for way in (False, True):
+        capacity = max(prompt.shape[1] for prompt in prompts)
+        decoder = FastDecoder(
+            readings.model, count, capacity, 1024, fused=True, prompt_graphs=True, prompts_together=way
+        )
+        decoder.prefixes, reader = PrefixCache(), decoder.reader
+        assert reader is not None and reader.together is way, "PROMPT_KERNELS is off"
+        seconds = []
+        for _ in range(2 + repeats):  # the first reads the prefix, and captures; the second may capture what is new
+            readings.wait()
+            began = time.perf_counter()
+            for slot, prompt in enumerate(prompts):
+                decoder.begin(slot, prompt, 0, 0, PREFIX)
+            reader.catch_up()
+            readings.wait()
+            seconds.append(time.perf_counter() - began)
+        kept = [decoder.cache.copy(slot, prompt.shape[1] - 1) for slot, prompt in enumerate(prompts)]
+        found.append((seconds[0], statistics.median(seconds[2:]), len(reader._graphs), kept))
+    alone, ours = found
+    same = all(
+        torch.equal(mine, its) for pair in zip(ours[3], alone[3], strict=True) for mine, its in zip(*pair, strict=True)
+    )
+    return {
+        "prompts": count,
+        "positions": sizes,
+        "prefix": PREFIX,
+        "one_by_one_first_ms": 1e3 * alone[0],
+        "one_by_one_ms": 1e3 * alone[1],
+        "together_first_ms": 1e3 * ours[0],
+        "together_ms": 1e3 * ours[1],
+        "num_graphs": [alone[2], ours[2]],
+        "same_bits": same,
+    }
+
+
 def faults(rows: list[dict[str, Any]]) -> tuple[dict[str, float], list[str]]:
     """Give the limits, and list what breaks them or is not exact."""
     limits = {part: TIMES * max([LEAST, *(one[part] for row in rows for one in row["rounding"])]) for part in PARTS}
@@ -197,6 +247,7 @@ def main() -> int:
     )
     parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
     parser.add_argument("--starts", default=STARTS, help="positions that are there before")
+    parser.add_argument("--together", default="", help="prompts that are read together, as many as 8,32,...")
     options = parser.parse_args()
     lengths, starts, options.mosts = (
         [int(number) for number in numbers.split(",") if number]
@@ -212,10 +263,16 @@ def main() -> int:
         for count in lengths:
             rows.append(case(readings, count, start, options.repeats))
             print(json.dumps(rows[-1]), flush=True)
+    facts["together"] = []
+    for count in map(int, filter(None, options.together.split(","))):
+        for most in (None, 300):
+            facts["together"].append(together(readings, count, most, options.repeats))
+            print(json.dumps(facts["together"][-1]), flush=True)
     if cuda:
         facts["reserved_bytes"].append(torch.cuda.memory_reserved())
     facts["num_graphs"] = {most: len(reader._graphs) for most, reader in readings.readers.items()}
     facts["limits"], facts["faults"] = faults(rows)
+    facts["faults"] += [f"{row['prompts']} together: other bits" for row in facts["together"] if not row["same_bits"]]
     options.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     worst = {part: max(graph["apart"][part] for row in rows for graph in row["graphs"].values()) for part in PARTS}
     print(json.dumps({"apart": worst, "limits": facts["limits"], "faults": facts["faults"]}))

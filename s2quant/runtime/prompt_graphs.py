@@ -54,7 +54,7 @@ PROMPT_GRAPHS = True
 PROMPT_KERNELS = True
 KERNEL_PIECE = 256
 # Whether these kernels read the prompts that begin before the same frame together; off until a GPU has timed it
-# (tools/prompt_check.py --together 8,32,64).
+# (tools/prompt_check.py --together 8,32,64, bench --streams 64 --prompts-together).
 PROMPTS_TOGETHER = False
 LEAST_PIECE = 16  # rows up to which the kernels are those of few rows
 LEAST_MANY = 64

@@ -118,4 +118,6 @@ def test_bench_writes_table_json_and_plot(tiny_folder, tiny_quantized, tmp_path,
     assert len(bars) == 4
     assert main([*words, "--out", str(out)]) == 2
     assert main([*words, "--batch", "1;2"]) == 2
+    assert result["prompts_together"] is False and main([*words, "--decoder", "fast", "--prompts-together"]) == 2
+    assert "prompts together: " in capsys.readouterr().err
     assert main([*words, "--model", str(tiny_folder)]) == 2

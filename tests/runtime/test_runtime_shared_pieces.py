@@ -93,7 +93,39 @@ def test_prompts_that_share_pieces_have_the_bits_of_each_read_alone(checkpoint, 
     assert not fused.prompt_scratch.arrived.any()
 
 
-if not INSIDE:
+def test_speeches_on_a_gpu_have_the_same_codes_read_together_or_one_by_one(tiny_folder):
+    """By graphs, over refills and several batches of text, with a prefix that is kept and one that is not."""
+    from s2quant.prompt import Voice
+    from s2quant.runtime.loading import load_engine
+    from s2quant.runtime.speech import Request
+
+    voice = Voice(text="Said.", codes=torch.arange(10 * 90).view(10, 90) % 64)
+    turns = "\n".join(f"<|speaker:{n % 2}|>Turn number {n}." for n in range(3))
+    said = [
+        Request(text=f"Hello {n}." * (1 + 9 * (n % 3)), voices=(voice,) * (n % 2), seed=n, max_frames=20 + 3 * (n % 4))
+        for n in range(17)
+    ]
+    said += [Request(text=turns, seed=n, max_frames=20, chunk_bytes=20) for n in range(20, 24)]
+    said.append(Request(text="Hello.", voices=(voice, voice), seed=30, max_frames=700))  # the cache grows
+    found = []
+    for together, prefix_bytes in ((False, 2**26), (True, 2**26), (True, 0)):
+        engine = load_engine(
+            tiny_folder, "cuda", num_slots=7, decoder="fast", prompts_together=together, prefix_bytes=prefix_bytes
+        )
+        for _ in range(2):  # captured, then replayed
+            found.append({speech.index: speech.codes for speech in engine.generate(said)})
+        reader = engine._resting.newest.reader
+        assert reader.together is together and reader._graphs
+    for other in found[1:]:
+        assert all(torch.equal(other[index], codes) for index, codes in found[0].items())
+
+
+if INSIDE:
+    del test_speeches_on_a_gpu_have_the_same_codes_read_together_or_one_by_one
+else:
+    test_speeches_on_a_gpu_have_the_same_codes_read_together_or_one_by_one = NEEDED(
+        test_speeches_on_a_gpu_have_the_same_codes_read_together_or_one_by_one
+    )
     test_prompts_that_share_pieces_have_the_bits_of_each_read_alone = NEEDED(
         test_prompts_that_share_pieces_have_the_bits_of_each_read_alone
     )
