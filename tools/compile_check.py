@@ -147,7 +147,7 @@ def main() -> int:
         for rows in (16, 32, 64):  # of a prompt; two layers or more, for the last one attends to nothing
             columns = torch.zeros(rows, decoder.state.columns.shape[1], dtype=torch.int64)
             table = decoder._table.float()
-            frame.read(columns, torch.arange(rows), torch.zeros(1, dtype=torch.int64), decoder.cache, table, 512)
+            frame.read(columns, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), decoder.cache, table, 512)
     failed = sum(bool(fault) for fault in compiler.found.values())
     print(f"Triton {triton.__version__}: {len(compiler.found)} kernels, {failed} not compiled")
     return 1 if failed or not compiler.found else 0
