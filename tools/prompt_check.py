@@ -14,8 +14,8 @@ one more position, read the eager way, which on a GPU does not give the same bit
 status 1: it is not so, and FILE.json says for which prompts.
 
 `--together 8,32` also seats so many prompts behind a prefix that is kept, and reads them one by one and together: how
-long both take, and whether all keys and values have the same bits. `--device cpu` tries the script itself, with pieces
-but no graphs.
+long both take, and whether all keys and values have the same bits (on a GPU: in Triton's interpreter a row's last bit
+depends on where it stands). `--device cpu` tries the script itself, with pieces but no graphs.
 """
 
 from __future__ import annotations
