@@ -119,6 +119,7 @@ def main() -> int:
     from s2quant.runtime import fused_weights, triton_linear
     from s2quant.runtime.fast import FastDecoder
     from s2quant.runtime.fused import FusedFrame
+    from s2quant.runtime.prompt_graphs import KERNEL_PIECE
     from tools.speed import frames
 
     compiler = Compiler()
@@ -143,8 +144,8 @@ def main() -> int:
             for context in (512, 1024):
                 decoder.replay((batch, context, 32))
         decoder = FastDecoder(model, 1, 1024, 1024, graphs=False, fused=True)
-        frame = FusedFrame(model, 1, 1024, decoder.max_positions, prompt_rows=64)
-        for rows in (16, 32, 64):  # of a prompt; two layers or more, for the last one attends to nothing
+        frame = FusedFrame(model, 1, 1024, decoder.max_positions, prompt_rows=KERNEL_PIECE)
+        for rows in (16, 64, KERNEL_PIECE):  # of a prompt; two layers or more, for the last one attends to nothing
             columns = torch.zeros(rows, decoder.state.columns.shape[1], dtype=torch.int64)
             table = decoder._table.float()
             frame.read(columns, torch.arange(rows), torch.zeros(rows, dtype=torch.int64), decoder.cache, table, 512)

@@ -98,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=tuple(RECIPES), default="s2-pro")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=256, help="as gpu_check.py was told")
-    parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed")
+    parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed; not with --processes")
     parser.add_argument("--processes", type=int, default=1, help="more than 1: shared, in one go, instead")
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--preload", type=Path, nargs="*", default=[], help="libraries of torch operations")

@@ -146,9 +146,14 @@ class CausalTransposedConv(nn.Module):
         self._arranged: tuple[Tensor, tuple[int, int], Tensor] | None = None  # the weight, its state, `two_taps` of it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalTransposedConv:
-        self._arranged = None  # the weight moves
         moved: CausalTransposedConv = super()._apply(fn, recurse)
+        if self._arranged is not None and self._arranged[1] != self._state():
+            self._arranged = None  # the weight has moved
         return moved
+
+    def _state(self) -> tuple[int, int]:
+        weight = self.conv.weight
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     def two_taps(self) -> Tensor:
         """Give the weight as that of a convolution over the input with a zero put on both sides; kernel k = 2s.
@@ -157,15 +162,21 @@ class CausalTransposedConv(nn.Module):
         input stands what that one leaves for the next s positions.
 
         Returns:
-            [out_dim * s, in_dim, 2], row c * s + j; made once for a weight.
+            [out_dim * s, in_dim, 2], row c * s + j; made once for a weight, and again when that has moved or was
+            written to in a way that torch counts (not through `data`, nor in inference mode).
         """
         weight = self.conv.weight
         assert weight.shape[2] == 2 * self.stride, (weight.shape, self.stride)
-        state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._arranged is None or self._arranged[0] is not weight or self._arranged[1] != state:
+        known, state = self._arranged, self._state()
+        if known is None or known[0] is not weight or known[1] != state:
             parts = weight.detach().unflatten(2, (2, self.stride)).flip(2)  # [in_dim, out_dim, input t - 1 or t, j]
-            self._arranged = weight, state, parts.permute(1, 3, 0, 2).flatten(0, 1).contiguous()
-        return self._arranged[2]
+            self._arranged = known = weight, state, parts.permute(1, 3, 0, 2).flatten(0, 1).contiguous()
+        return known[2]
+
+    @property
+    def arranged(self) -> Tensor | None:
+        """What `two_taps` has made, if it has."""
+        return None if self._arranged is None else self._arranged[2]
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
         """Upsample.

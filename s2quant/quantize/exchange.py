@@ -6,8 +6,9 @@ so that all rows together are the sum that one alone would have. Linears of a su
 processes, and what one found is sent to all. Nothing else crosses: held-out batches are run by everybody.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
-computed by the same operations on the same numbers, whoever computes it. An error that one process meets in its share
-is raised in all; one in what each does for itself, such as loading, is not.
+computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in its
+share is raised in all; other errors, such as a lack of memory, and one in what each does for itself, such as loading,
+are not.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Exchange:
                 product = product_of(index)
                 if product is not None:
                     hessian.accumulate(product)
+                del product  # before the next one is made
             return
         inputs = hessian.in_features
         bounds = [inputs * rank // self.world for rank in range(self.world + 1)]
@@ -110,13 +112,16 @@ class Exchange:
             if product is not None:
                 counts[index] = product.num_tokens, product.total
             sent = torch.zeros(inputs, inputs, device=hessian.device) if product is None else product.matrix
-            received = torch.empty(self.world * rows, inputs, device=hessian.device)
             if under_way is not None:
                 add(under_way)
+                under_way = None  # its tensors make room
+            received = torch.empty(self.world * rows, inputs, device=hessian.device)
             work = dist.all_to_all_single(received, sent, [rows] * self.world, sizes, group=self.group, async_op=True)
             under_way = work, sent, received
+            del product, sent, received
         if under_way is not None:
             add(under_way)
+            under_way = None
         found = self.gather(partial(_given, counts, error))
         if not found:
             return

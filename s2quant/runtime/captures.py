@@ -15,6 +15,19 @@ _ONE = threading.RLock()  # the collector is the process's
 
 
 @functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream for captures that torch's own, of the current device, may not be right for.
+
+    Args:
+        device: A CUDA device.
+
+    Returns:
+        Its stream, one per device; see `warm_up_stream`.
+    """
+    return torch.cuda.Stream(device)
+
+
+@functools.cache
 def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
     """Give the stream on which what is to be captured runs once before, one per device.
 

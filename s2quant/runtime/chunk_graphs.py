@@ -7,8 +7,8 @@ first chunk forgets what the memory held and starts afresh; that of a later one 
 Afterwards the utterance gets a copy of the memory, so whatever decodes its next chunk goes on exactly. All graphs of a
 codec share their memory for what lies between, and are replayed on the codec's own stream, one after the other.
 
-The codec's weights must stay where they are (`Codec.rest_encoder` moves none that decoding needs). Without capturing,
-the same function runs operation by operation, on any device: the tests compare that with the usual way.
+The codec's weights must stay where and as they are (`Codec.rest_encoder` moves none that decoding needs). Without
+capturing, the same function runs operation by operation, on any device: the tests compare that with the usual way.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from s2quant.codec import Codec, CodecStream
+from s2quant.codec.blocks import CausalTransposedConv
 from s2quant.errors import UserError
-from s2quant.runtime.captures import capture
+from s2quant.runtime.captures import capture, capture_stream
 
 # Whether an engine on a CUDA device uses graphs unless it is told: first sound 9 ms earlier, for 44 MB
 # (reports/2026-11-26-h100). Graphs of later chunks would take more memory, and nobody waits for these chunks.
@@ -83,6 +84,8 @@ class ChunkGraphs:
                 stack.enter_context(torch.cuda.stream(side))
             self._settle()
             self._programs = {key: self._program(*key) for key in keys}
+        # what graphs read beside the codec's own weights lives as long as they do
+        self._read = [m.arranged for m in codec.modules() if isinstance(m, CausalTransposedConv)]
 
     def _settle(self) -> None:
         """Make the memory, in one piece: where it lies from now on."""
@@ -100,7 +103,7 @@ class ChunkGraphs:
             return program
         self.decode(program)  # libraries choose their kernels and take their work space
         graph = torch.cuda.CUDAGraph()
-        with capture(graph, self._pool, torch.cuda.Stream(device)):  # torch's own may be elsewhere
+        with capture(graph, self._pool, capture_stream(device)):
             self.decode(program)
         return _Program(fresh=fresh, codes=codes, audio=audio, graph=graph)
 

@@ -309,11 +309,11 @@ class FastDecoder:
         rows = torch.arange(key[0], device=self.device)
         kept = [part[:, rows, :, where].clone() for part in (self.cache.keys, self.cache.values)]
         stream = warm_up_stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
         if self._fused is not None:
             from s2quant.runtime.kernels.launch import compile_together
 
             compile_together(lambda: self._frame(*key))
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._frame(*key)  # warm-up: libraries choose their kernels and take their work space
         torch.cuda.current_stream(self.device).wait_stream(stream)

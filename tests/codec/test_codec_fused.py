@@ -4,6 +4,7 @@ Whether triton interprets is decided when it is imported, so the tests of the in
 """
 
 import copy
+import dataclasses
 import os
 import re
 import sys
@@ -145,8 +146,10 @@ def test_the_arranged_weight_follows_the_weight_and_is_no_part_of_the_state():
     assert torch.equal(layer.two_taps(), expected()) and not torch.equal(layer.two_taps(), first)
     layer.load_state_dict({name: value + 1 for name, value in other.items()}, assign=True)
     assert torch.equal(layer.two_taps(), expected())
+    kept = layer.two_taps()
+    assert layer.to("cpu").arranged is kept  # nothing has moved: who reads it goes on
     layer.double()
-    assert layer._arranged is None and layer.two_taps().dtype == torch.float64
+    assert layer.arranged is None and layer.two_taps().dtype == torch.float64
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         twin.conv.weight.mul_(2)
@@ -164,7 +167,13 @@ def same_memory(ours, theirs):
             assert torch.equal(buffer, theirs._buffers[key])
 
 
+@pytest.fixture(params=[2, 99], ids=["two taps", "cuDNN's own"])
+def upsampling(request, monkeypatch):
+    monkeypatch.setattr(fused, "LEAST_STRIDE", request.param)
+
+
 @kernel
+@pytest.mark.usefixtures("upsampling")
 @pytest.mark.parametrize(("name", "batch"), [("short", 1), ("short", 3), ("tiny", 1)])
 def test_the_decoder_is_the_plain_one(request, name, batch, monkeypatch):
     codec = copy.deepcopy(request.getfixturevalue(name)).to(DEVICE)
@@ -180,6 +189,29 @@ def test_the_decoder_is_the_plain_one(request, name, batch, monkeypatch):
 
 
 @kernel
+def test_a_rate_of_one_is_no_convolution_of_two_taps(monkeypatch):
+    monkeypatch.setattr(fused, "LEAST_STRIDE", 2)
+    config = dataclasses.replace(TINY, encoder_rates=(1, 2, 2, 2), decoder_rates=(2, 2, 2, 1))
+    codec = build_codec(config).to(DEVICE)
+    codes = random_codes(config, 1, 5)
+    codec.fused = False
+    wanted = codec.decode(codes)
+    codec.fused = True
+    close(codec.decode(codes), wanted)
+    stream = CodecStream(codec)
+    close(torch.cat([stream.push(chunk) for chunk in codes.split(2, dim=-1)], dim=-1), wanted)
+
+
+@kernel
+def test_with_autocast_the_plain_way_is_taken(codec):
+    codec.fused = True
+    latent = uniform("latent", (1, codec.config.latent_dim, 2)).to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.isfinite(codec.decode_latent(latent).float()).all()
+
+
+@kernel
+@pytest.mark.usefixtures("upsampling")
 def test_chunks_are_the_whole_and_a_stream_may_change_between_the_ways(codec):
     codes = random_codes(codec.config, 2, 14)
     codec.fused = False
