@@ -1,6 +1,6 @@
 """Check and time prompts read by graphs (`s2quant.runtime.prompt_graphs`) on one GPU, with one checkpoint.
 
-    python tools/prompt_check.py MODEL --out FILE.json [--kernels 512/64,64/64] [--most 64] [--lengths 1,15,...]
+    python tools/prompt_check.py MODEL --out FILE.json [--kernels 256/256,512/64] [--most 64] [--lengths 1,15,...]
         [--together 8,32]
 
 Legend: T positions, N codebooks, C columns that may follow in speech.
@@ -38,10 +38,10 @@ from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.load import load_model
 from s2quant.runtime.prefix import PrefixCache, read_prompt
-from s2quant.runtime.prompt_graphs import MOST_PIECE, PromptReader, pieces
+from s2quant.runtime.prompt_graphs import KERNEL_PIECE, MOST_PIECE, PromptReader, pieces
 from s2quant.sampling import Sampling
 
-LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513", "0,7,130", "64"
+LENGTHS, STARTS, MOSTS = "1,15,16,17,63,64,65,200,300,513,1300", "0,7,130", "64"
 PREFIX = 130  # positions that prompts read together share
 PARTS = ("keys", "values", "hidden", "logits")
 LEAST, TIMES = 2**-8, 2.0  # what graphs may be apart: this, or so many times what eager readings are
@@ -83,7 +83,8 @@ class Readings:
         self.readers: dict[str, PromptReader] = {}
         for most in dict.fromkeys((MOST_PIECE, *options.mosts)):
             self.readers[str(most)] = self.reader(most)
-        for most, rows in options.kernels:
+        in_use = [(KERNEL_PIECE, KERNEL_PIECE)] if self.decoder.fused_obstacle is None else []
+        for most, rows in in_use if options.kernels is None else options.kernels:
             fused = FusedFrame(self.model, 3, 1024, self.decoder.max_positions, prompt_rows=rows)
             self.readers[f"{most}, kernels {rows}"] = self.reader(most, fused)
 
@@ -241,9 +242,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--linears", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--most", default=MOSTS, help="positions of the largest piece, tried beside the one in use")
     parser.add_argument(
-        "--kernels", default="", help="read small pieces by the fused frame's kernels: MOST/ROWS,... positions"
+        "--most", default=MOSTS, help=f"positions of the largest piece of torch's operations, beside {MOST_PIECE}"
+    )
+    parser.add_argument(
+        "--kernels",
+        help="pieces of up to MOST, those of up to ROWS by the fused frame's kernels: MOST/ROWS,...; else as in use",
     )
     parser.add_argument("--lengths", default=LENGTHS, help="positions to be read")
     parser.add_argument("--starts", default=STARTS, help="positions that are there before")
@@ -253,7 +257,8 @@ def main() -> int:
         [int(number) for number in numbers.split(",") if number]
         for numbers in (options.lengths, options.starts, options.most)
     )
-    options.kernels = [tuple(map(int, pair.split("/"))) for pair in options.kernels.split(",") if pair]
+    if options.kernels is not None:
+        options.kernels = [tuple(map(int, pair.split("/"))) for pair in options.kernels.split(",") if pair]
     readings = Readings(options, max(lengths) + max(starts) + 512)
     cuda = readings.decoder.device.type == "cuda"
     facts: dict[str, Any] = {"model": options.model.name, "most": MOST_PIECE}

@@ -50,9 +50,12 @@ PROMPT_GRAPHS = True
 # Whether pieces of up to KERNEL_PIECE positions are read by the fused frame's kernels, 6 to 9 launches a layer, not by
 # some 65 operations of torch; and longer prompts in such pieces. Measured: 2.2 ms in place of 7.3 for 16 positions, 4.0
 # in place of 10 for 64, 12 in place of 17 for 256, 17 in place of 22 for 300, and as near to the eager way
-# (reports/2026-11-26-prompts, tools/prompt_check.py --kernels 512/64,256/256).
+# (reports/2026-11-26-prompts-and-codec, tools/prompt_check.py). Beyond KERNEL_CONTEXT positions it has not been
+# measured, and by arithmetic it loses: each row's program reads all keys before it, 256 times what a matrix product
+# reads. There pieces are of torch's operations.
 PROMPT_KERNELS = True
 KERNEL_PIECE = 256
+KERNEL_CONTEXT = 1024
 # Whether these kernels read the prompts that begin before the same frame together; off until a GPU has timed it
 # (tools/prompt_check.py --together 8,32,64, bench --streams 64 --prompts-together).
 PROMPTS_TOGETHER = False
@@ -123,7 +126,8 @@ class PromptReader:
         self.most = own if most is None else most
         device = cache.keys.device
         with torch.inference_mode(False):  # written inside and outside of that mode
-            self._rows = torch.zeros(3 + slow.config.num_codebooks, self.most, dtype=torch.int64, device=device)
+            widest = self.most if fused is None else max(self.most, MOST_PIECE)
+            self._rows = torch.zeros(3 + slow.config.num_codebooks, widest, dtype=torch.int64, device=device)
             self._tokens, self._positions, self._slots = self._rows[None, :-2], self._rows[-2], self._rows[-1]
         self.together = together and self.shares
         self._left: dict[int, Part] = {}  # by slot
@@ -132,8 +136,8 @@ class PromptReader:
 
     @property
     def shares(self) -> bool:
-        """Whether the kernels read every piece, so that prompts may share them."""
-        return self._has_kernels(self.most)
+        """Whether the kernels read every piece of a prompt that is not too long, so that prompts may share them."""
+        return self._has_kernels(self.most, 0)
 
     def takes(self, num_positions: int) -> bool:
         """Say whether a prompt can be read in pieces.
@@ -172,8 +176,12 @@ class PromptReader:
             parts: The prompts, each of another slot; as `read` takes them.
         """
         assert self.shares and len({part.slot for part in parts}) == len(parts), [part.slot for part in parts]
-        few = [part for part in parts if part.count <= LEAST_PIECE]
-        many = [part for part in parts if part.count > LEAST_PIECE]
+        for part in parts:
+            if self._is_long(part):
+                whole = max(0, KERNEL_CONTEXT - part.start) // self.most
+                self._read([part], [self.most] * whole + pieces(part.count - whole * self.most, MOST_PIECE))
+        few = [part for part in parts if part.count <= LEAST_PIECE and not self._is_long(part)]
+        many = [part for part in parts if part.count > LEAST_PIECE and not self._is_long(part)]
         for group, least, most in ((few, LEAST_PIECE, LEAST_PIECE), (many, LEAST_MANY, self.most)):
             if group:
                 self._read(group, pieces(sum(part.count for part in group), most, least))
@@ -229,8 +237,12 @@ class PromptReader:
             self._run(size, self.context_bucket(int(positions[done : done + size].max()) + 1))
             done += size
 
-    def _has_kernels(self, size: int) -> bool:
-        return self.fused is not None and size <= self.fused.prompt_rows
+    def _is_long(self, part: Part) -> bool:
+        """Say whether the kernels do not read all of a prompt."""
+        return self.context_bucket(part.tokens.shape[1]) > KERNEL_CONTEXT
+
+    def _has_kernels(self, size: int, context: int) -> bool:
+        return self.fused is not None and size <= self.fused.prompt_rows and context <= KERNEL_CONTEXT
 
     def _run(self, size: int, context: int) -> None:
         """Read the piece that has been put in place."""
@@ -247,7 +259,7 @@ class PromptReader:
 
         So nothing has to be put back, and no memory is set aside for another stream.
         """
-        if self._has_kernels(size):
+        if self._has_kernels(size, context):
             from s2quant.runtime.kernels.launch import compile_together
 
             compile_together(lambda: self._piece(size, context))
@@ -262,7 +274,7 @@ class PromptReader:
         """Read a piece; no shape depends on a value, and nothing waits for the device."""
         assert self._table is not None
         positions = self._positions[:size]
-        if self.fused is not None and self._has_kernels(size):
+        if self.fused is not None and self._has_kernels(size, context):
             columns = self._tokens[0, :, :size].T.contiguous()
             self.fused.read(columns, positions, self._slots[:size], self.cache, self._table, context)
             return

@@ -14,7 +14,7 @@ from s2quant.model import DualAR
 from s2quant.runtime.fast import FastDecoder
 
 SHARE = 1 / 32  # of a GPU's memory, for keys and values of decoders at rest while another one is made
-MOST_DECODERS = 3  # each has graphs, and vectors and heads of its own, which are not counted
+MOST_DECODERS = 3  # each has graphs, vectors and room for prompts of its own (90 MB at the real size), not counted
 
 
 class RestingDecoders:

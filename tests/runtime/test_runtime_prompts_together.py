@@ -178,3 +178,20 @@ def test_it_is_refused_where_it_cannot_be_done(tiny_folder, prompt_engine, monke
         for p, t in ((False, None), (True, None), (True, False))
     ]
     assert [engine.prompts_together for engine in found] == [False, True, False]
+
+
+def test_long_prompts_are_read_alone_and_their_ends_by_torch(prompt_engine, together, monkeypatch):
+    """Kernels as far as whole pieces reach, then torch's operations; the speech is the plain decoder's."""
+    monkeypatch.setattr(module, "KERNEL_CONTEXT", 64)
+    monkeypatch.setattr(fast_module, "FIRST_CONTEXT", 32)
+    plain, fast = (prompt_engine("shared", 4) for _ in range(2))
+    fast.decoder = "fast"
+    for engine in (plain, fast):
+        engine.prompts = {str(n): long_prompt("shared", n) for n in (20, 31, 70, 120)}
+    contexts, read = [], Rows.read
+    monkeypatch.setattr(Rows, "read", lambda self, *given: (contexts.append(given[-1]), read(self, *given))[1])
+    said = [Request(text=text, seed=n, max_frames=3) for n, text in enumerate(("20", "120", "70", "31"))]
+    for ours, theirs in zip(spoken(fast, said), spoken(plain, said), strict=True):
+        same(ours, theirs)
+    assert together == [(64, [1]), (64, [1]), (64, [2]), (16, [2]), (64, [0, 3])]
+    assert contexts == [64, 64, 32]
