@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -156,8 +157,8 @@ def compile_together(work: Callable[[], object]) -> None:
     """Compile the kernels that something launches side by side, in threads; nothing is launched.
 
     One after the other, the kernels of a frame take 8 s and more of one core. What is compiled already costs little.
-    Where Triton does not know how (or interprets), nothing is done: kernels are then compiled as they are launched, as
-    are those that cannot be compiled, which then say so.
+    Where Triton does not know how (or interprets), nothing is done: kernels are then compiled as they are launched.
+    What fails here is done once more, and then says so, when it is launched.
 
     Args:
         work: Launches by `start` and waits for nothing that a kernel computes.
@@ -170,7 +171,11 @@ def compile_together(work: Callable[[], object]) -> None:
         return
     token = _COMPILED_ONLY.set(True)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        with (
+            contextlib.suppress(Exception),
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            AsyncCompileMode(pool, ignore_errors=True),
+        ):
             work()
     finally:
         _COMPILED_ONLY.reset(token)
