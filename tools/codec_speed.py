@@ -8,8 +8,8 @@ A size BxF is `CodecStream.step` of B streams that have begun, by F frames: the 
 device holds at most beyond what it held before, and the signal-to-noise ratio of the first and second chunk against
 plain decoding without TF32. Then a first chunk by its graph, and the encoding of a voice of that many seconds, with
 the share of codes that plain encoding without TF32 gives. The ways take turns, size by size, on one machine. Exit
-status 1: the kernels cannot run, or are more than LOSS_DB further from exact decoding than the plain way; FILE.json
-says where. `--device cpu` tries the script itself; with TRITON_INTERPRET=1 the kernels, too.
+status 1: the kernels cannot run, or are more than LOSS_DB further from exact decoding than the plain way at its worst
+size; FILE.json says where. `--device cpu` tries the script itself; with TRITON_INTERPRET=1 the kernels, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from s2quant.runtime.chunk_graphs import FIRST_CHUNK_FRAMES, ChunkGraphs
 
 SIZES = "1x4,1x64,8x64,32x16,64x8,64x4"
 WAYS = {"plain": False, "fused": True}
-LOSS_DB = 3.0  # of two ways that both round to TF32, cuDNN choosing anew for every size: 1.3 was seen for 4 frames
+LOSS_DB = 1.0  # of two ways that both round to TF32; cuDNN chooses anew for every size, so from the worst of them
 
 
 def random_codes(codec: Codec, batch: int, frames: int, seed: int) -> Tensor:
@@ -169,11 +169,13 @@ class Bench:
 def faults(rows: list[dict[str, Any]], obstacle: str | None) -> list[str]:
     """List what must not be."""
     found = [obstacle] if obstacle else []
+    known = [row["plain"]["snr_db"] for row in rows if row.get("plain", {}).get("snr_db") is not None]
+    worst = min(known, default=math.inf)
     for row in rows:
         where = ", ".join(f"{name} {value}" for name, value in row.items() if name not in WAYS)
         found += [f"{where}: {name} is not finite" for name in WAYS if row.get(name, {}).get("finite") is False]
         plain, fused = (row.get(name, {}).get("snr_db") for name in WAYS)
-        if plain is not None and fused is not None and not fused >= plain - LOSS_DB:
+        if plain is not None and fused is not None and not fused >= worst - LOSS_DB:
             found.append(f"{where}: {fused:.1f} dB from exact decoding, the plain way {plain:.1f}")
     return found
 

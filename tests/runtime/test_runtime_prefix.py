@@ -24,6 +24,19 @@ def requests(count=4):
     return [Request(text=f"Hello {n}.", voices=(voice(n % 2),), seed=n, max_frames=12) for n in range(count)]
 
 
+def speaks_twice_as_the_plain_decoder(folder, num_slots, prefix_bytes):
+    """Check the fast decoder's speech, without prefixes and, where any may be kept, with them."""
+    plain, fast = (
+        load_engine(folder, dtype=torch.float32, num_slots=num_slots, decoder=kind, prefix_bytes=prefix_bytes)
+        for kind in KINDS
+    )
+    theirs = spoken(plain, requests())
+    for _ in range(2):
+        for ours, its in zip(spoken(fast, requests()), theirs, strict=True):
+            assert torch.equal(ours.codes, its.codes)
+    assert fast.prefixes.hits == (6 if prefix_bytes else 0)
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """Note how many positions each run of the Slow AR's blocks over a prompt has."""

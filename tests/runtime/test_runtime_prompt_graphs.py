@@ -5,7 +5,7 @@ import runtime_cases as cases
 import torch
 from test_runtime_engine import MIXED, spoken
 from test_runtime_fast import same
-from test_runtime_prefix import requests
+from test_runtime_prefix import speaks_twice_as_the_plain_decoder
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -215,15 +215,7 @@ def test_graphs_are_given_up_when_the_cache_grows(small_models, monkeypatch):
 
 @pytest.mark.parametrize("prefix_bytes", [0, 2**24])
 def test_prefixes_that_are_kept(tiny_folder, in_pieces, prefix_bytes):
-    plain, fast = (
-        load_engine(tiny_folder, dtype=torch.float32, num_slots=2, decoder=kind, prefix_bytes=prefix_bytes)
-        for kind in ("plain", "fast")
-    )
-    theirs = spoken(plain, requests())
-    for _ in range(2):
-        for ours, its in zip(spoken(fast, requests()), theirs, strict=True):
-            assert torch.equal(ours.codes, its.codes)
-    assert fast.prefixes.hits == (6 if prefix_bytes else 0)
+    speaks_twice_as_the_plain_decoder(tiny_folder, 2, prefix_bytes)
 
 
 @torch.inference_mode()

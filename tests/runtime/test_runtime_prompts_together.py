@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_runtime_engine import MIXED, spoken
 from test_runtime_fast import same
-from test_runtime_prefix import requests
+from test_runtime_prefix import speaks_twice_as_the_plain_decoder
 from test_runtime_prompt_graphs import long_prompt
 
 from s2quant.errors import UserError
@@ -102,15 +102,7 @@ def test_a_cache_that_grows_between_them(prompt_engine, together, monkeypatch):
 
 @pytest.mark.parametrize("prefix_bytes", [0, 2**24])
 def test_prefixes_are_read_at_once_and_what_is_behind_them_together(tiny_folder, together, prefix_bytes):
-    plain, fast = (
-        load_engine(tiny_folder, dtype=torch.float32, num_slots=4, decoder=kind, prefix_bytes=prefix_bytes)
-        for kind in ("plain", "fast")
-    )
-    theirs = spoken(plain, requests())
-    for _ in range(2):
-        for ours, its in zip(spoken(fast, requests()), theirs, strict=True):
-            assert torch.equal(ours.codes, its.codes)
-    assert fast.prefixes.hits == (6 if prefix_bytes else 0)
+    speaks_twice_as_the_plain_decoder(tiny_folder, 4, prefix_bytes)
     assert max(len(slots) for _, slots in together) > 1
 
 

@@ -21,7 +21,6 @@ def decoder(monkeypatch):
         pytest.skip("Triton interprets here")
     monkeypatch.setattr(triton_linear, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(fused_weights, "triton_obstacle", lambda device: None)
-    monkeypatch.setattr(fast, "PROMPT_KERNELS", True)
     model = frames.random_model(config_of("tiny"), torch.device("cpu"))
     return fast.FastDecoder(model, 20, 128, 64, graphs=False, fused=True, prompt_graphs=True)
 

@@ -39,10 +39,12 @@ def test_what_is_further_from_exact_is_a_fault():
     rows = [
         {"streams": 1, "plain": {"snr_db": 57.0, "finite": True}, "fused": {"snr_db": 56.5, "finite": True}},
         {"streams": 2, "plain": {"snr_db": 57.0, "finite": True}, "fused": {"snr_db": 40.0, "finite": True}},
+        {"streams": 4, "plain": {"snr_db": 58.5, "finite": True}, "fused": {"snr_db": 57.2, "finite": True}},
         {"streams": 3, "plain": {"snr_db": 57.0, "finite": True}, "fused": {"snr_db": float("nan"), "finite": False}},
     ]
     found = codec_speed.faults(rows, None)
     assert found[0] == "streams 2: 40.0 dB from exact decoding, the plain way 57.0"
     assert found[1:] == ["streams 3: fused is not finite", "streams 3: nan dB from exact decoding, the plain way 57.0"]
+    assert len(codec_speed.faults([rows[0] | {"fused": {"snr_db": 55.9, "finite": True}}], None)) == 1
     assert codec_speed.faults([], "no Triton") == ["no Triton"]
     assert codec_speed.snr_db(torch.tensor([1.1]), torch.tensor([1.0])) == pytest.approx(20, abs=1e-4)
