@@ -52,9 +52,9 @@ class Warp:
             if line == "bar.sync 0":
                 yield at
                 continue
-            guard = re.match(r"@(\w+) (.*)", line)
+            guard = re.match(r"@(!?)(\w+) (.*)", line)
             if guard:
-                active, line = self.registers[guard[1]], guard[2]
+                active, line = self.registers[guard[2]] ^ bool(guard[1]), guard[3]
             name, _, rest = line.partition(" ")
             self.counts[name] = self.counts.get(name, 0) + 1
             if name == "bra":
@@ -67,7 +67,7 @@ class Warp:
     def value(self, name):
         if name in self.registers:
             return self.registers[name]
-        if name == "parts":
+        if name in ("parts", "held"):
             return np.zeros(LANES, dtype=np.uint32)
         if name.startswith("0f"):
             return np.full(LANES, np.frombuffer(bytes.fromhex(name[2:])[::-1], np.float32)[0])
@@ -75,9 +75,11 @@ class Warp:
 
     def step(self, name, arguments, active):
         kind, *_ = name.split(".")
-        if kind == "griddepcontrol":
+        if kind == "griddepcontrol" or name == "bar.warp.sync":  # lanes of a warp are never apart here
             return
-        if ".shared" in name:
+        if ".shared.v4" in name:
+            self.share_four(arguments, active, is_store=kind == "st")
+        elif ".shared" in name:
             self.share(arguments, is_store=kind == "st")
         elif kind == "shfl":
             target, source, distance, *_ = arguments
@@ -94,7 +96,8 @@ class Warp:
         else:
             target, *sources = arguments
             values = [self.value(source) for source in sources]
-            self.registers[target] = self.compute(name, values)
+            result = self.compute(name, values)
+            self.registers[target] = result if active.all() else np.where(active, result, self.registers[target])
 
     @staticmethod
     def compute(name, values):
@@ -153,6 +156,20 @@ class Warp:
             self.shared[addresses // 4] = self.value(arguments[1]).view(np.float32)
         else:
             self.registers[arguments[0]] = self.shared[addresses // 4].copy()
+
+    def share_four(self, arguments, active, is_store):
+        where, listed = arguments if is_store else arguments[::-1]
+        base, _, offset = where.strip("[]").partition("+")
+        addresses = self.value(base) + np.uint32(int(offset or 0))
+        assert (addresses[active] % 16 == 0).all(), "aligned"
+        for number, register in enumerate(part.strip() for part in listed.strip("{}").split(",")):
+            places = addresses[active] // 4 + number
+            if is_store:
+                assert len(set(places)) == active.sum(), "each lane its own"
+                self.shared[places] = self.value(register).view(np.float32)[active]
+            else:
+                assert active.all(), "all lanes"
+                self.registers[register] = self.shared[places].view(np.uint32).copy()
 
     def load(self, arguments, active):
         target, where = arguments

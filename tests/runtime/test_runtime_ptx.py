@@ -1,5 +1,7 @@
 """The generated inner loops, run instruction by instruction on a machine made for it, against plain PyTorch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import runtime_cases as cases
@@ -8,7 +10,8 @@ from layout_cases import matrix_of
 from ptx_machine import LANES, Warp
 
 from s2quant.runtime.kernels.layout import first_outputs, layout_obstacle, pack, pair
-from s2quant.runtime.kernels.ptx import STEP, Body, ask, exchange, multiply, num_registers, num_values, reduce
+from s2quant.runtime.kernels.ptx import STEP, Body, ask, multiply, num_registers
+from s2quant.runtime.kernels.ptx_sums import exchange, num_values, reduce
 
 
 def bytes_of(tensor):
@@ -24,6 +27,7 @@ def product(body, first, second, x, tile, steps_of, rows_apart, num_rows=8):
     g, t = lane // np.uint64(4), lane % np.uint64(4)
     total = np.zeros((16 * body.tiles, 8 * body.columns), dtype=np.float64)
     all_steps = body.in_features // STEP[body.kind]
+    shared = np.full(body.held_bytes // 4, np.nan, np.float32)
     for start in range(0, all_steps, steps_of):
         if body.kind != "bf16":
             at = tile * all_steps + start
@@ -36,12 +40,16 @@ def product(body, first, second, x, tile, steps_of, rows_apart, num_rows=8):
         inputs = starts[2] + (g * np.uint64(body.in_features) + t * np.uint64(8)) * np.uint64(2)
         inputs = inputs + np.uint64(2 * STEP[body.kind] * start)
         steps = np.full(LANES, min(steps_of, all_steps - start), dtype=np.uint32)
-        warp, count = Warp(memory), num_registers(body)
+        if body.holding:
+            inputs = starts[2] + np.uint64(2 * STEP[body.kind] * start) + np.uint64(16) * lane
+        warp, count = Warp(memory, shared), num_registers(body)
         asked = warp.run(ask(body)[0], {count: weight, count + 1: other, count + 2: steps})
         sums = body.num_outputs
         given = {sums + number: asked[number] for number in range(count)}
         given |= {sums + count: weight, sums + count + 1: other, sums + count + 2: inputs, sums + count + 3: steps}
         given[sums + count + 4] = (np.int32(num_rows) - g.astype(np.int32)).view(np.uint32)
+        if body.holding:
+            given[sums + count + 4] = (lane + np.uint64(LANES * start // steps_of)).astype(np.uint32)
         result = warp.run(multiply(body)[0], given)
         for number in range(sums):
             r, c, part = number // (4 * body.columns), number // 4 % body.columns, number % 4
@@ -105,6 +113,30 @@ def test_bf16_weights(in_features, warps, depth, tiles, columns, gated):
     else:
         exact = first[16:].double() @ x.double().T
     assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "gated"), [("w4", False), ("w8", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("in_features", "warps", "depth"), [(256, 1, 2), (640, 2, 2), (1280, 2, 5), (512, 2, 1), (1408, 3, 2), (128, 1, 1)]
+)
+def test_a_row_held_in_shared_memory_is_the_same_row(kind, gated, in_features, warps, depth):
+    steps = wanted_steps(in_features, kind, warps)
+    body = Body(
+        kind=kind, in_features=in_features, depth=depth, num_steps=steps, live_rows=True, gated=gated,
+        exact=in_features // STEP[kind] % warps == 0 and steps % min(depth, steps) == 0,
+    )  # fmt: skip
+    if kind == "bf16":
+        generator = torch.Generator().manual_seed(in_features)
+        first, second = (torch.randn(32, in_features, generator=generator).bfloat16() for _ in range(2))
+    else:
+        packed = pack(cases.quantized_weight(32, in_features, 32, bits=4 if kind == "w4" else 8, seed=in_features))
+        first, second = packed.words, packed.scales
+    x = x_of(1, in_features)
+    x[1:] = float("nan")  # only the first row may be read
+    given = (first, second, x, 1, steps, 16 * in_features, 1)
+    read, held = (product(replace(body, holding=number), *given) for number in (0, warps))
+    assert torch.equal(read, held) and read[:, 0].abs().min() > 0 and (read[:, 1:] == 0).all()
+    assert replace(body, holding=warps).held_bytes % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class How:
         early: Whether a kernel may start before the one before it has ended (programmatic dependent launch).
         early_dense: The most rows of x for which bf16 products do, too; 0: they never do.
         live_rows: Whether up to 8 rows of x are read as far as they exist, not all eight.
+        holds: Whether gated products of one row of x read a warp's inputs of it at once, into shared memory.
         loads_first: Whether what follows a product is asked for before it, constants even before waiting.
         keys_first: Whether a long context's first keys and values are asked for before waiting, where rows are few.
         narrow: Whether the rule of shapes has at most 8 warps, so that two programs share an SM and the next kernel's
@@ -41,6 +42,7 @@ class How:
     early: bool = False
     early_dense: int = 7
     live_rows: bool = True
+    holds: bool = True
     loads_first: bool = True
     keys_first: bool = True
     narrow: bool = True

@@ -18,6 +18,7 @@ The loop itself is PTX (`s2quant.runtime.kernels.ptx`). Triton's interpreter can
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton  # type: ignore[import-untyped]
@@ -26,19 +27,12 @@ from torch import Tensor
 
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options, start
 from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
-from s2quant.runtime.kernels.ptx import (
-    COLUMNS,
-    STEP,
-    Body,
-    ask,
-    multiply,
-    num_registers,
-    num_values,
-    reduce,
-)
+from s2quant.runtime.kernels.ptx import COLUMNS, STEP, Body, ask, multiply, num_registers
+from s2quant.runtime.kernels.ptx_sums import num_values, reduce
 from s2quant.runtime.kernels.weights import MOST_COLUMNS, Shape, Then, Weight
 
 SHARED_REGISTERS = 128  # per thread at most: two programs of 8 warps, or four of 4, share an SM
+MOST_HELD = 40960  # bytes of x in shared memory; beside them are the sums, and 49,152 is the most that PTX can declare
 
 
 def _name(compiled: Any) -> str:
@@ -55,7 +49,7 @@ def linear_kernel(
     GATED: tl.constexpr, K: tl.constexpr, TOTAL_STEPS: tl.constexpr, WARP_STEPS: tl.constexpr, WARPS: tl.constexpr,
     TILES: tl.constexpr, COLS: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr,
     MAX_SQUARES: tl.constexpr, FIRST: tl.constexpr, FLAT: tl.constexpr, REDUCE: tl.constexpr,
-    REDUCE_OPERANDS: tl.constexpr, VALUES: tl.constexpr, SQUARES: tl.constexpr,
+    REDUCE_OPERANDS: tl.constexpr, VALUES: tl.constexpr, SQUARES: tl.constexpr, HOLDS: tl.constexpr,
 ):  # fmt: skip
     """Compute TILES tiles of outputs for 8 COLS rows of x; see the module."""
     first_tile = tl.program_id(0) * TILES
@@ -91,6 +85,9 @@ def linear_kernel(
             w_address = weight.to(tl.int64) + offset
             s_address = second.to(tl.int64) + offset
             x_address += step * 128
+        if HOLDS:
+            x_address = x.to(tl.int64) + step * (128 if KIND == "bf16" else 256) + lane * 16
+            live = thread
         loaded = tl.inline_asm_elementwise(
             ASK, ASK_OPERANDS, [w_address, s_address, count], dtype=(tl.int32,) * NUM_REGISTERS,
             is_pure=False, pack=1,
@@ -231,7 +228,7 @@ def linear_kernel(
             tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real)
 
 
-def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False) -> Body:
+def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False, holds: bool = False) -> Body:
     """Describe the inner loop of a linear.
 
     Args:
@@ -239,6 +236,7 @@ def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False)
         shape: How it is cut up.
         columns: Groups of 8 rows of x.
         live_rows: Whether to read only those that exist, where there are less than 8.
+        holds: Whether the only row is read at once, into shared memory, where it has room.
 
     Returns:
         The loop.
@@ -247,7 +245,7 @@ def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False)
     most = -(-total // shape.warps)
     depth = min(shape.depth, most)
     scales = None if weight.kind == "bf16" else weight.second
-    return Body(
+    body = Body(
         kind=weight.kind,
         in_features=weight.in_features,
         tiles=shape.tiles,
@@ -259,7 +257,23 @@ def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False)
         bf16_scales=scales is not None and scales.element_size() == 2 and "bfloat16" in str(scales.dtype),
         gated=weight.gated and weight.kind == "bf16",
         live_rows=live_rows,
+        holding=shape.warps if holds else 0,
     )
+    return body if body.held_bytes <= MOST_HELD else replace(body, holding=0)
+
+
+def holds(weight: Weight, num_rows: int, how: How) -> bool:
+    """Say whether a program reads a warp's inputs of x at once.
+
+    Args:
+        weight: The weight.
+        num_rows: M.
+        how: How the linear is launched.
+
+    Returns:
+        Whether it does: a single row of x, in the widest linear, whose many short programs each wait for x once.
+    """
+    return how.holds and num_rows == 1 and weight.gated
 
 
 def columns_for(num_rows: int) -> int:
@@ -340,7 +354,7 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape, ho
     """
     assert weight.num_tiles % shape.tiles == 0, (weight.num_tiles, shape)
     columns = min(columns_for(num_rows), shape.columns)
-    body = body_of(weight, shape, columns, how.live_rows and num_rows < COLUMNS)
+    body = body_of(weight, shape, columns, how.live_rows and num_rows < COLUMNS, holds(weight, num_rows, how))
     squares = 1 if then.squares_in is None else then.squares_in.shape[1]
     values = num_values(shape.warps)
     return {
@@ -369,4 +383,5 @@ def linear_arguments(weight: Weight, num_rows: int, then: Then, shape: Shape, ho
         "REDUCE_OPERANDS": reduce(body, shape.warps)[1],
         "VALUES": values,
         "SQUARES": -(-squares // 16),
+        "HOLDS": body.holding > 0,
     }

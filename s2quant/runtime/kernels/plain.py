@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from s2quant.runtime.kernels.ptx import exchange
+from s2quant.runtime.kernels.ptx_sums import exchange
 
 OVER_ROWS: tl.constexpr = tl.constexpr(exchange((1, 2, 4, 8)))
 SWAPPED: tl.constexpr = tl.constexpr(exchange((8,), add=False))

@@ -29,8 +29,6 @@ Kind = Literal["w4", "w8", "bf16"]
 STEP: dict[str, int] = {"w4": 128, "w8": 128, "bf16": 64}  # inputs per step
 TILE = 16  # outputs of a tile
 COLUMNS = 8  # x rows of one instruction
-PART_BYTES = 608  # of shared memory: a warp's 16 x 8 sums, 8 floats between every two columns
-MOST_SHARED = 16384  # bytes; more tiles take turns
 _MINUS_136 = 0xC308C308  # two bf16 numbers: -(128 + 8)
 _TWICE_128 = 0x43004300  # two bf16 numbers 128, whose low four mantissa bits count ones
 
@@ -52,6 +50,8 @@ class Body:
         gated: Whether the tile is 8 outputs of each of two weights; "bf16" only (a packed weight is laid out so).
         live_rows: Whether only rows of x that exist are read, of up to 8: each program reads all of x, and eight rows
             of which seven mean nothing are more bytes than a 4-bit weight.
+        holding: Warps of the program, where each reads its inputs of the only row of x at once, into shared memory, in
+            place of a step's when it is their turn; 0: x is read step by step.
     """
 
     kind: Kind
@@ -65,11 +65,18 @@ class Body:
     bf16_scales: bool = False
     gated: bool = False
     live_rows: bool = False
+    holding: int = 0
 
     @property
     def num_outputs(self) -> int:
         """Float32 numbers per lane: tile-major, then columns, then the four of an instruction."""
         return 4 * self.tiles * self.columns
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of shared memory that a program takes for x."""
+        depth = min(self.depth, self.num_steps)
+        return self.holding * (self.num_steps + depth) * 2 * STEP[self.kind]
 
 
 @cache
@@ -107,7 +114,8 @@ def multiply(body: Body) -> tuple[str, str]:
     """Generate the second part: everything else.
 
     Operands: the sums; the registers of the weights; the three of `ask`, but the lane's address of x before the last;
-    the number of rows of x at and behind the lane's first.
+    the number of rows of x at and behind the lane's first. Where a program is `holding` these two are the address of
+    the lane's 16 bytes of the warp's first 512, and the thread's number.
 
     Args:
         body: What to generate.
@@ -121,8 +129,9 @@ def multiply(body: Body) -> tuple[str, str]:
     lines = [
         "{",
         *writer.addresses(*address[:4]),
-        *([f".reg .pred mine;\nsetp.gt.s32 mine, {address[4]}, 0;"] if body.live_rows else []),
+        *([f".reg .pred mine;\nsetp.gt.s32 mine, {address[4]}, 0;"] if body.live_rows and not body.holding else []),
         *(f".reg .b32 {name};\nmov.b32 {name}, ${num_sums + n};" for n, name in enumerate(names)),
+        *(writer.hold(address[4]) if body.holding else []),
         *writer.loop(),
         *(f"mov.f32 ${n}, acc{n};" for n in range(num_sums)),
         "}",
@@ -142,98 +151,11 @@ def num_registers(body: Body) -> int:
     return len(_Writer(body).registers())
 
 
-def num_values(warps: int) -> int:
-    """Count the elements of a tile and 8 rows of x that a thread has after `reduce`.
-
-    Args:
-        warps: Warps of a program.
-
-    Returns:
-        1, or more where there are less than 128 threads.
-    """
-    return max(1, TILE * COLUMNS // (32 * warps))
-
-
-@cache
-def reduce(body: Body, warps: int) -> tuple[str, str]:
-    """Generate the third part: add up what the warps have, through shared memory; all threads take part.
-
-    Operands: `num_values` results per tile and column group, in the order of the sums; the sums; the thread's number T.
-    Result v of a tile is element T + 32 v warps of its 128, columns (rows of x) of 16 outputs in turn; threads past
-    the 128th repeat those of others.
-
-    Args:
-        body: The loop.
-        warps: Warps of a program.
-
-    Returns:
-        PTX with LLVM's operand names, and LLVM's constraints.
-    """
-    pairs, values = body.tiles * body.columns, num_values(warps)
-    at_once = min(pairs, max(1, MOST_SHARED // (warps * PART_BYTES)))
-    results, thread = pairs * values, f"${pairs * values + 4 * pairs}"
-    lines = [
-        "{",
-        f".shared .align 16 .b8 parts[{at_once * warps * PART_BYTES}];",
-        ".reg .b32 base, to, from, t;",
-        *(f".reg .f32 sum{n};" for n in range(results)),
-        *(f".reg .f32 part{w};" for w in range(warps)),
-        "mov.u32 base, parts;",
-        f"shr.u32 to, {thread}, 5;",  # the warp's part; there lane 4 g + t begins at 40 t + g
-        f"mul.lo.u32 to, to, {PART_BYTES};",
-        f"and.b32 t, {thread}, 3;",
-        "mul.lo.u32 t, t, 160;",
-        "add.u32 to, to, t;",
-        f"and.b32 t, {thread}, 28;",
-        "add.u32 to, to, t;",
-        "add.u32 to, to, base;",
-        f"and.b32 from, {thread}, 127;",  # element n is at n + 8 (n / 32), so that no two lanes meet in a bank
-        "shr.u32 t, from, 5;",
-        "shl.b32 from, from, 2;",
-        "shl.b32 t, t, 5;",
-        "add.u32 from, from, t;",
-        "add.u32 from, from, base;",
-    ]
-    for start in range(0, pairs, at_once):
-        chunk = range(start, min(pairs, start + at_once))
-        lines += ["bar.sync 0;"] if start else []  # what is overwritten has been read
-        for place, pair in enumerate(chunk):
-            for j in range(4):  # outputs g, g, g + 8, g + 8 and rows 2 t, 2 t + 1, 2 t, 2 t + 1
-                where = place * warps * PART_BYTES + 64 * (j % 2) + 32 * (j // 2)
-                lines.append(f"st.shared.f32 [to+{where}], ${results + 4 * pair + j};")
-        lines.append("bar.sync 0;")
-        for place, pair in enumerate(chunk):
-            for v in range(values):
-                first = place * warps * PART_BYTES + 160 * warps * v
-                lines += [f"ld.shared.f32 part{w}, [from+{first + w * PART_BYTES}];" for w in range(warps)]
-                lines += [f"add.f32 part0, part0, part{w};" for w in range(1, warps)]
-                lines.append(f"mov.f32 sum{pair * values + v}, part0;")
-    lines += [*(f"mov.f32 ${n}, sum{n};" for n in range(results)), "}"]
-    return "\n".join(lines), ",".join(["=f"] * results + ["f"] * (4 * pairs) + ["r", "~{memory}"])
-
-
-def exchange(distances: tuple[int, ...], add: bool = True) -> str:
-    """Generate an exchange between lanes: add up what lanes at these distances have, or take it.
-
-    Args:
-        distances: Powers of two.
-        add: Whether to add.
-
-    Returns:
-        PTX of one result and one operand.
-    """
-    lines = ["{", ".reg .f32 own, its;", "mov.f32 own, $1;"]
-    for distance in distances:
-        lines.append(f"shfl.sync.bfly.b32 its, own, {distance}, 31, 0xffffffff;")
-        lines.append("add.f32 own, own, its;" if add else "mov.f32 own, its;")
-    return "\n".join([*lines, "mov.f32 $0, own;", "}"])
-
-
 class _Writer:
     """Writes one loop; registers are named by what they hold."""
 
     def __init__(self, body: Body) -> None:
-        assert not body.live_rows or body.columns == 1, body
+        assert not (body.live_rows or body.holding) or body.columns == 1, body
         self.body = body
         self.looped = body.num_steps > body.depth
         self.depth = min(body.depth, body.num_steps)
@@ -290,7 +212,7 @@ class _Writer:
                 f"sub.s32 rem, rem, {self.depth};",
                 f"add.s64 wa, wa, {self.depth * self.step_bytes};",
                 f"add.s64 sa, sa, {self.depth * self.second_step_bytes};",
-                f"add.s64 xa, xa, {self.depth * STEP[body.kind] * 2};",
+                "add.u32 xs, xs, on;" if body.holding else f"add.s64 xa, xa, {self.depth * STEP[body.kind] * 2};",
                 "setp.gt.s32 go, rem, 0;",
                 "@go bra AGAIN;",
             ]
@@ -334,9 +256,58 @@ class _Writer:
                     out += self._guarded(step, names, load, guard)
         return out
 
+    def hold(self, thread: str) -> list[str]:
+        """Copy the warp's inputs to shared memory, zeros behind them for the lanes that have no row."""
+        body, step = self.body, 2 * STEP[self.body.kind]
+        row, zeros = body.num_steps * step, self.depth * step
+        out = [
+            f".shared .align 16 .b8 held[{body.held_bytes}];",
+            ".reg .b32 xs, on, to, lane, z;",
+            ".reg .pred mine, here;",
+            "mov.b32 z, 0;",
+            f"and.b32 lane, {thread}, 31;",
+            f"shr.u32 to, {thread}, 5;",
+            f"mul.lo.u32 to, to, {row + zeros};",
+            "mov.u32 xs, held;",
+            "add.u32 xs, xs, to;",  # the warp's part
+            "shl.b32 to, lane, 4;",  # what the lane copies: 16 of every 512 bytes
+        ]
+        pieces = range(0, row, 512)
+        names = {start: [f"q{start}_{n}" for n in range(4)] for start in pieces}
+        for start in pieces:
+            out += [f".reg .b32 {name};\nmov.b32 {name}, 0;" for name in names[start]]
+            load = f"ld.global.v4.b32 {{{', '.join(names[start])}}}, [xa+{start}];"
+            if body.exact and start + 512 <= row:
+                out.append(load)
+                continue
+            out += [f"mul.lo.u32 on, rem, {step};", f"sub.s32 on, on, {start};"]
+            out += ["setp.gt.s32 here, on, to;", f"@here {load}"]
+        out += ["add.u32 to, to, xs;", "shl.b32 lane, lane, 4;"]
+        for start in pieces:
+            store = f"st.shared.v4.b32 [to+{start}], {{{', '.join(names[start])}}};"
+            out += [store] if start + 512 <= row else [f"setp.gt.s32 here, {row - start}, lane;", f"@here {store}"]
+        for start in range(0, zeros, 512):
+            store = f"st.shared.v4.b32 [to+{row + start}], {{z, z, z, z}};"
+            out += [store] if start + 512 <= zeros else [f"setp.gt.s32 here, {zeros - start}, lane;", f"@here {store}"]
+        return [
+            *out,
+            "setp.gt.s32 mine, 64, lane;",  # lanes 0 to 3, of output 0
+            "and.b32 lane, lane, 48;",
+            "add.u32 xs, xs, lane;",
+            f"@!mine add.u32 xs, xs, {row};",
+            "mov.b32 on, 0;",
+            f"@mine mov.b32 on, {zeros};",  # the others stay where they are
+            "bar.warp.sync 0xffffffff;",
+        ]
+
     def _x(self, u: int, blocks: Iterable[int]) -> list[str]:
         """Load x: 16 bytes per run of 32 inputs and group of rows."""
         out = []
+        if self.body.holding:
+            for i in blocks:
+                four = ", ".join(f"x0_{i}_{n}" for n in range(4))
+                out.append(f"ld.shared.v4.b32 {{{four}}}, [xs+{u * STEP[self.body.kind] * 2 + 64 * i}];")
+            return out
         for i in blocks:
             for c in range(self.body.columns):
                 names = [f"x{c}_{i}_{n}" for n in range(4)]
