@@ -34,17 +34,20 @@ class Launcher:
         num_processes: Of a command that is shared.
         preload: Libraries of torch operations that every process loads first.
         log: What the commands print is appended to it.
+        profile: Where every process writes what its host did; None: nowhere.
     """
 
     num_processes: int
     preload: Sequence[Path]
     log: Path
+    profile: Path | None = None
 
     def command(self, words: Sequence[str], shared: bool) -> list[str]:
         """Compose the command line of `s2quant WORDS`, in one process or shared."""
         program = ["-m", "s2quant.cli"]
-        if self.preload:
-            program = [str(PRELOADED), *(str(library.resolve()) for library in self.preload), "--"]
+        if self.preload or self.profile:
+            before = ["--profile", str(self.profile.resolve())] if self.profile else []
+            program = [str(PRELOADED), *before, *(str(library.resolve()) for library in self.preload), "--"]
         if not shared:
             return [sys.executable, *program, *words]
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(self.num_processes)]

@@ -9,8 +9,9 @@ have their full length, the recipe; the second quantizes the same once more by `
 with SIGKILL as soon as so many stages are done, goes on with `--resume`, and compares every tensor. What it takes is
 measured by the run itself (manifest.json), of the process that went on. The calibration set is read, not spoken again:
 with two lines at a time that would take longer than all else. Writes DIR/low_memory.json. With --processes the same
-is quantized in one go by so many processes instead, in all the memory there is, to DIR/shared.json. Exit status 1:
-something differs, failed, or was done before it could be killed. `--size tiny --device cpu` tries the script itself.
+is quantized in one go by so many processes instead, in all the memory there is, to DIR/shared.json; with --profile each
+writes DIR/profile-RANK.txt, where its time went. Exit status 1: something differs, failed, or was done before it could
+be killed. `--size tiny --device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=256, help="as gpu_check.py was told")
     parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed; not with --processes")
     parser.add_argument("--processes", type=int, default=1, help="more than 1: shared, in one go, instead")
+    parser.add_argument("--profile", action="store_true", help="write what each process's host did")
     parser.add_argument("--seconds", type=float, default=560)
     parser.add_argument("--preload", type=Path, nargs="*", default=[], help="libraries of torch operations")
     options = parser.parse_args(words)
@@ -109,7 +111,8 @@ def main(words: Sequence[str] | None = None) -> int:
     recipe = own if own.exists() else ROOT / "recipes" / RECIPES[options.size]
     shared = options.processes > 1
     log = (options.out / f"{'shared' if shared else 'low_memory'}.log").absolute()
-    launcher = Launcher(num_processes=options.processes, preload=options.preload, log=log)
+    profile = options.out if options.profile else None
+    launcher = Launcher(num_processes=options.processes, preload=options.preload, log=log, profile=profile)
     out = work / ("shared" if shared else "low-memory")
     partial = out.with_name(f"{out.name}.partial")
     for folder in (out, partial):

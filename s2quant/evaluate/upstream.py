@@ -189,9 +189,11 @@ def _row(answer: Mapping[str, Any], num_frames: int, frame_s: float) -> dict[str
 
 
 def _commit(checkout: Path) -> str | None:
-    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    """Name the checkout's commit; None where its files are only a part of another repository, or of none."""
+    words = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    top, head = done.stdout.splitlines()
+    return head if Path(top).resolve() == checkout.resolve() else None

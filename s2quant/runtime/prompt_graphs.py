@@ -56,9 +56,9 @@ PROMPT_GRAPHS = True
 PROMPT_KERNELS = True
 KERNEL_PIECE = 256
 KERNEL_CONTEXT = 1024
-# Whether these kernels read the prompts that begin before the same frame together; off until a GPU has timed it
-# (tools/prompt_check.py --together 8,32,64, bench --streams 64 --prompts-together).
-PROMPTS_TOGETHER = False
+# Whether these kernels read the prompts that begin before the same frame together: the same bits, 12 ms in place of 32
+# for 8 prompts of 20 positions, 70 in place of 258 for 64 (reports/2026-11-26-targets, tools/prompt_check.py).
+PROMPTS_TOGETHER = True
 LEAST_PIECE = 16  # rows up to which the kernels are those of few rows
 LEAST_MANY = 64
 MOST_PIECE = 512

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -107,6 +108,9 @@ def test_a_commit_is_told(checkout, tiny_folder, tmp_path):
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert measured(folder, tiny_folder)[0]["commit"] == head
+    inside = folder / "inside"  # files that are only a part of another repository have no commit of their own
+    shutil.copytree(folder, inside, ignore=shutil.ignore_patterns(".git", "inside"))
+    assert measured(inside, tiny_folder)[0]["commit"] is None
 
 
 @pytest.mark.skipif(upstream_worker.importlib.util.find_spec("loralib") is not None, reason="loralib is installed")

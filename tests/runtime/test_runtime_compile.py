@@ -67,7 +67,7 @@ def test_warps_meet_once_and_weights_are_asked_for_first(kind, out_features, in_
     assert len(re.findall(r"\bbar(rier)?\.sync", text)) == 1
     waits = text.index("griddepcontrol.wait")
     assert text.index("ld.global.L1::no_allocate.L2::128B.v4.b32") < waits
-    first_x = re.search(r"@mine ld\.global\.v4\.b32|@go ld\.global\.v4\.b32 \{x0_0_0", text)
+    first_x = re.search(r"@mine ld\.global\.v4\.b32|ld\.global\.v4\.b32 \{q0_0|@go ld\.global\.v4\.b32 \{x0_0_0", text)
     assert first_x is not None and first_x.start() > waits
     assert "mma.sync" in text and "red.shared" not in text
 

@@ -44,7 +44,9 @@ def test_a_run_that_was_not_killed_shows_nothing(made, capsys):
 
 
 def test_two_processes_end_as_one(made, capsys):
-    assert low_memory_check.main(words(made, "--sequences", 3, "--processes", 2)) == 0
+    assert low_memory_check.main(words(made, "--sequences", 3, "--processes", 2, "--profile")) == 0
+    for rank in range(2):
+        assert "quantize_stages" in (made / "out" / f"profile-{rank}.txt").read_text("utf-8")
     found = json.loads((made / "out" / "shared.json").read_text("utf-8"))
     assert found["shared"]["processes"] == 2 and found["unequal"] == [] and len(found["processes"]) == 2
     assert found["low_memory"] is False and list(found["shared"]["phases_s"]) == ["start", "quantizing", "writing"]

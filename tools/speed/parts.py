@@ -285,7 +285,8 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
         else:
             more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
-        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 2, 8)[2 * many :]}
+        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 4, 8)[many:]}
+        more |= {f"attention of {stages} stages": replace(how, attention_stages=stages) for stages in (1, 3)}
         found += [(name, batch, title, way) for title, way in more.items()]
     found = [row for row in found if row[0] in models_of(check)]
     return [row for row in found if re.search(check.options.variants, f"{row[0]} batch {row[1]}, {row[2]}")]

@@ -384,6 +384,6 @@ def attention(
         JOINED_=JOINED,
         HEADS_BLOCK=triton.next_power_of_2(heads // kv_heads),
         num_warps=how.attention_warps,
-        num_stages=3 if least == 64 else 2,  # of 32 KB: five programs share a multiprocessor, not three
+        num_stages=how.attention_stages,
         **constants,
     )

@@ -37,6 +37,8 @@ class How:
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
+        attention_stages: Blocks of keys and values of it that are under way, with the one that is attended to. Its
+            shared memory grows with them, and where that is scarce the next kernel does not start early.
     """
 
     early: bool = False
@@ -51,13 +53,14 @@ class How:
     shared_shifts: bool = True
     long_stretches: bool = True
     best_first: bool = True
-    attention_warps: int = 4
+    attention_warps: int = 2
+    attention_stages: int = 2
 
 
-# What is used, as measured (reports/2026-11-26-batches and -h100). Early starts win 0.14 ms of a W4A16 frame at batch
-# 1, those of its bf16 products 0.12 more (H200); at 8 rows these cost time. In a bf16 model early starts cost 0.33 ms
-# at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there beyond 32
-# slots, as no number between 1 and 64 was timed.
+# What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
+# at batch 1, those of its bf16 products 0.2 of them (H200); at 8 rows these cost time. In a bf16 model early starts cost
+# 0.3 ms at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there beyond
+# 32 slots, as no number between 1 and 64 was timed.
 MEASURED = How(early=True)
 MEASURED_DENSE = How()
 MEASURED_DENSE_MANY = How(early=True, early_dense=0)
