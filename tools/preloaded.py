@@ -1,7 +1,7 @@
 """`python tools/preloaded.py [--profile DIR] LIBRARY.so ... -- WORDS`: run `s2quant WORDS` with libraries loaded.
 
-gptqmodel compiles its kernels unless their operations are there already. With --profile, what the host did is written to
-DIR/profile-RANK.txt: Python's functions by their own time and by all of it (a wait for a GPU counts where it is waited).
+gptqmodel compiles its kernels unless their operations are there already. With --profile, what the host did is written
+to DIR/profile-RANK.txt: Python's functions by their own time and by all of it (a wait for a GPU counts where it is).
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ class How:
 
 
 # What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
-# at batch 1, those of its bf16 products 0.2 of them (H200); at 8 rows these cost time. In a bf16 model early starts cost
-# 0.3 ms at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there beyond
-# 32 slots, as no number between 1 and 64 was timed.
+# at batch 1, 0.2 of them those of its bf16 products (H200); at 8 rows these cost time. In a bf16 model early starts
+# cost 0.3 ms at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there
+# beyond 32 slots, as no number between 1 and 64 was timed.
 MEASURED = How(early=True)
 MEASURED_DENSE = How()
 MEASURED_DENSE_MANY = How(early=True, early_dense=0)
