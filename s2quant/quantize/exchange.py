@@ -1,10 +1,9 @@
 """Several processes that quantize one model together, and end with the same bytes as one alone.
 
-Batch b, or on a GPU group b of consecutive batches (`s2quant.quantize.loop.AT_ONCE`), belongs to process b mod n. Each
-runs the blocks on its own and computes their Hessian products; of n consecutive products each process is sent the rows
-of which it keeps the sum, and adds them in the order of the batches, so that all rows together are the sum that one
-alone would have. Linears of a subset are solved in turn by different processes, and what one found is sent to all.
-Nothing else crosses: held-out batches are run by everybody.
+Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; of n
+consecutive batches each process is sent the rows of which it keeps the sum, and adds them in the order of the batches,
+so that all rows together are the sum that one alone would have. Linears of a subset are solved in turn by different
+processes, and what one found is sent to all. Nothing else crosses: held-out batches are run by everybody.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
 computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in its

@@ -3,7 +3,8 @@
 gptqmodel 7.6 does the column loop (on a GPU with its fused block update, if it can be built). Around it:
 
 - `Hessian` (`s2quant.quantize.hessian`) sums X^T X once for all modules that read the same input (w1 and w3), with
-  gptqmodel's own operations in their order, so results are those of feeding each module's `add_batch`, bit for bit.
+  gptqmodel's own operations in their order, so results are those of feeding each module's `add_batch`, bit for bit
+  (but for 16-bit inputs on a GPU, see there).
 - The codes are recovered from its dequantized float32 weight and float32 scales, exactly; the scales are then
   rounded to float16, and everything downstream uses the rounded ones.
 - Whatever gptqmodel does silently is looked for afterwards: round-to-nearest or zeros in place of GPTQ, grown

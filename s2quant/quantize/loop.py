@@ -29,7 +29,7 @@ from s2quant.checkpoint.reader import Checkpoint
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.exchange import Exchange, Solved
 from s2quant.quantize.gptq import gptq_quantize
-from s2quant.quantize.hessian import Hessian, Product
+from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
@@ -37,7 +37,6 @@ from s2quant.quantize.store import StageStore
 from s2quant.recipe import LinearSettings
 
 MAX_HELD_ROWS = 4096
-AT_ONCE = {"cuda": 8}  # batches whose rows one product takes, by kind of device; elsewhere one, as gptqmodel does
 
 Progress = Callable[[str], None]
 """Called with the name of each stage when it is done."""
@@ -77,10 +76,7 @@ def quantize_stages(
     records: list[dict[str, Any]] = []
     exchange = exchange or Exchange()
     weights = plan.recipe.calibration.weights
-    at_once = AT_ONCE.get(device.type, 1)
-    stream = slow_stream(
-        checkpoint, batches, num_held, device, weights, rest, lambda index: exchange.owns(index // at_once)
-    )
+    stream = slow_stream(checkpoint, batches, num_held, device, weights, rest, exchange.owns)
     length = max(tokens.shape[2] for tokens, _ in batches)
     fast_wanted = any(name.startswith(f"{FAST}.") for name in plan.quantized)
     last = _last_stage(plan)
@@ -216,9 +212,6 @@ def _quantize_subset(
 def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | None = None) -> Hessian:
     """Sum the Hessian of one linear over the batches that are not held out, in their order.
 
-    On a GPU the rows of some consecutive batches make one product: it is as large as the sum, and there as quick to
-    compute as to add up, or to send to another process.
-
     Args:
         stage: The stage.
         stream: Its inputs.
@@ -235,16 +228,7 @@ def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | 
     module = stage.module.get_submodule(linear)
     assert isinstance(module, nn.Linear)
     hessian = Hessian(module.in_features, f"{stage.name}.{linear}", stream.device)
-    at_once, used = AT_ONCE.get(stream.device.type, 1), stream.num_used
-
-    def product_of(group: int) -> Product | None:
-        batches = range(group * at_once, min(used, (group + 1) * at_once))
-        rows, weights = zip(*(stream.inputs(stage, linear, index) for index in batches), strict=True)
-        if len(batches) == 1:
-            return hessian.product(rows[0], weights[0])
-        return hessian.product(torch.cat(rows), None if weights[0] is None else torch.cat(weights))
-
-    exchange.sum(hessian, -(-used // at_once), product_of)
+    exchange.sum(hessian, stream.num_used, lambda index: hessian.product(*stream.inputs(stage, linear, index)))
     return hessian
 
 

@@ -14,7 +14,6 @@ from s2quant.errors import UserError
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
 from s2quant.files import read_json, sha256_file
 from s2quant.quantize.exchange import Exchange
-from s2quant.quantize.loop import AT_ONCE
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "tiny-w4a16-fast8.yaml"
@@ -23,8 +22,6 @@ RUN = """
 import sys
 from process_cases import check_group_ended
 from s2quant.cli import main
-from s2quant.quantize.loop import AT_ONCE
-AT_ONCE["cpu"] = int(sys.argv.pop(1))
 status = main(sys.argv[1:])
 check_group_ended()
 sys.exit(status)
@@ -71,7 +68,7 @@ dist.destroy_process_group()
 """
 
 
-def run_two(folder: Path, words: list[str], at_once: int = 1) -> tuple[list[int], list[str], list[str]]:
+def run_two(folder: Path, words: list[str]) -> tuple[list[int], list[str], list[str]]:
     """Run `s2quant` with these words in two processes; give their exit statuses, outputs, and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,7 +79,7 @@ def run_two(folder: Path, words: list[str], at_once: int = 1) -> tuple[list[int]
         environment = os.environ | {name: str(value) for name, value in ranks.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
         environment |= {"PYTHONFAULTHANDLER": "1"}  # an abort says where
-        command = [sys.executable, "-c", RUN, str(at_once), *words]
+        command = [sys.executable, "-c", RUN, *words]
         with log.open("w") as errors:
             one = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         processes.append(one)
@@ -98,16 +95,10 @@ def _wait(process: subprocess.Popen[str], limit_s: float = 300.0) -> str:
         return process.communicate()[0]
 
 
-def test_two_processes_end_with_the_bytes_of_one(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both speak (eight lines are a group at two slots), both sum, both solve; the one alone keeps its stream apart.
-
-    A product is of three batches, as it is of several on a GPU.
-    """
-    monkeypatch.setitem(AT_ONCE, "cpu", 3)
+def test_two_processes_end_with_the_bytes_of_one(tiny_folder: Path, tmp_path: Path) -> None:
+    """Both speak (eight lines are a group at two slots), both sum, both solve; the one alone keeps its stream apart."""
     words = ["quantize", str(RECIPE), "--model", str(tiny_folder), "--out", str(tmp_path / "two"), "--slots", "2"]
-    statuses, outputs, errors = run_two(tmp_path, words, at_once=3)
+    statuses, outputs, errors = run_two(tmp_path, words)
     assert statuses == [0, 0], "\n".join(error[-4000:] for error in errors)
     assert "linears quantized, verified" in outputs[0]
     assert outputs[1] == ""

@@ -70,3 +70,19 @@ def test_tensor_cores_add_exact_products_up_in_float32(dtype: torch.dtype) -> No
     away = ((found.cpu().double() - exact).abs() / (norms[:, None] * norms)).max()
     assert away < 1e-5  # a sum rounded to 16 bits would be 5e-4 off and more
     assert torch.equal(found, squares(x.cuda()))
+
+
+@pytest.mark.gpu
+def test_a_hessian_on_a_gpu_is_that_of_a_cpu() -> None:
+    x, weights = inputs(3000, 256).bfloat16(), torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    for given in (None, weights):
+        ours, theirs = Hessian(256, "wo"), Hessian(256, "wo")
+        for start in range(0, 3000, 1024):
+            some = slice(start, start + 1024)
+            ours.add(x[some].cuda(), None if given is None else given[some].cuda())
+            theirs.add(x[some], None if given is None else given[some])
+        torch.testing.assert_close(ours.matrix().cpu(), theirs.matrix(), rtol=1e-4, atol=1e-5)
+        assert ours.num_tokens == theirs.num_tokens == 3000
+    with pytest.raises(UserError, match="1 of 3000 calibration inputs"):
+        x[7, 3] = torch.inf
+        ours.add(x.cuda())

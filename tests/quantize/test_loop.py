@@ -17,10 +17,10 @@ from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.model import DualAR, disk_name, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize import loop as loop_module
-from s2quant.quantize.hessian import Hessian, Product
+from s2quant.quantize.gptq import Hessian
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.stages import slow_stages, slow_stream
+from s2quant.quantize.stages import slow_stages
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import PositionWeights, load_recipe
 from s2quant.runtime.load import load_model
@@ -73,31 +73,6 @@ def batches(checkpoint: Checkpoint) -> list[tuple[Tensor, Tensor]]:
 def run(plan: Plan, checkpoint: Checkpoint, batches: list[Any], folder: Path, **more: Any) -> list[dict[str, Any]]:
     store = StageStore.open(folder, {"test": 1}, resume=folder.exists())
     return quantize_stages(checkpoint, plan, batches, 1, store, CPU, **more)
-
-
-@pytest.mark.parametrize("weights", [None, PositionWeights(text=1.0, speech=4.0)])
-def test_batches_that_share_a_product_add_up_to_the_same(
-    weights: PositionWeights | None, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = next(slow_stages(checkpoint, CPU, 64))
-    stream = slow_stream(checkpoint, [*batches[:2], *batches], 1, CPU, weights)
-    found: list[Hessian] = []
-    rows: list[list[int]] = []
-    for at_once in (1, 3):
-        monkeypatch.setitem(loop_module.AT_ONCE, "cpu", at_once)
-        rows.append([])
-
-        class Counted(Hessian):
-            def product(self, x: Tensor, weights: Tensor | None = None) -> Product | None:
-                rows[-1].append(len(x))
-                return super().product(x, weights)
-
-        monkeypatch.setattr(loop_module, "Hessian", Counted)
-        found.append(loop_module.sum_hessian(stage, stream, "feed_forward.w2"))
-    one, more = found
-    assert len(rows[0]) == 4 and rows[1] == [sum(rows[0][:3]), rows[0][3]]
-    assert one.num_tokens == more.num_tokens == sum(rows[0]) and one._total == pytest.approx(more._total)
-    torch.testing.assert_close(one.matrix(), more.matrix(), rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_are_those_of_the_model_quantized_so_far(

@@ -67,7 +67,7 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-TRIALS = {"shared_shifts": False}
+TRIALS = {"whole_turns": True}
 
 
 @pytest.mark.parametrize(

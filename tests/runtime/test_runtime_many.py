@@ -1,5 +1,7 @@
 """The kernel of many rows against plain PyTorch: in Triton's interpreter here, compiled where there is a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import runtime_cases as cases
 import torch
@@ -81,6 +83,21 @@ def test_shared_shifts_unpack_the_same_numbers(kind, group_size):
         found.append(out)
     assert torch.equal(*found)
     assert relative(found[0], x_of(64, 256)[:64].double() @ rounded(matrix).T) < 1e-5
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["w4", "w8"])
+@pytest.mark.parametrize(("group_size", "splits"), [(32, 1), (128, 2)])
+def test_whole_turns_multiply_the_same_numbers(kind, group_size, splits):
+    from s2quant.runtime.kernels.many import many
+    from s2quant.runtime.kernels.weights import Then
+
+    weight, (matrix,) = weight_of(kind, 144, 384, False, group_size)
+    x, block = x_of(64, 384), replace(block_of(weight), splits=splits)
+    for whole in (False, True):
+        out = poisoned(64, 144)
+        many(weight, arranged(x, kind), 64, Then(epilogue="store", out=out), block, how_of(whole_turns=whole))
+        assert relative(out, x[:64].double() @ rounded(matrix).T) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [4, 8])

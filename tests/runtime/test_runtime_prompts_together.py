@@ -163,13 +163,15 @@ def test_it_is_refused_where_it_cannot_be_done(tiny_folder, prompt_engine, monke
     with pytest.raises(UserError, match="prompts together: "):  # no GPU, or a model in float32
         load_engine(tiny_folder, dtype=torch.float32, decoder="fast", prompt_graphs=True, prompts_together=True)
     assert not prompt_engine().prompts_together
-    monkeypatch.setattr(module, "PROMPTS_TOGETHER", True)
     monkeypatch.setattr(module, "frame_obstacle", lambda model, residual_size: None)
-    found = [
-        load_engine(tiny_folder, dtype=torch.float32, decoder="fast", prompt_graphs=p, prompts_together=t)
-        for p, t in ((False, None), (True, None), (True, False))
-    ]
-    assert [engine.prompts_together for engine in found] == [False, True, False]
+
+    def found(pieces, asked):
+        how = {"decoder": "fast", "prompt_graphs": pieces, "prompts_together": asked}
+        return load_engine(tiny_folder, dtype=torch.float32, **how).prompts_together
+
+    assert [found(*how) for how in ((False, None), (True, None), (True, False))] == [False, True, False]
+    monkeypatch.setattr(module, "PROMPTS_TOGETHER", False)
+    assert [found(*how) for how in ((True, None), (True, True))] == [False, True]
 
 
 def test_long_prompts_are_read_alone_and_their_ends_by_torch(prompt_engine, together, monkeypatch):

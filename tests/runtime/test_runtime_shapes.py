@@ -92,3 +92,25 @@ def test_the_committed_table_is_sound():
     assert not is_sound(key, Shape(warps=8, tiles=5, depth=2, columns=1))
     assert not is_sound(key, Shape(warps=8, tiles=1, depth=2, columns=2))
     assert all(is_sound(*row) for row in TUNED.items())
+
+
+@pytest.mark.parametrize("kind", sorted(STEP))
+def test_what_a_program_holds_fits_beside_its_sums(kind):
+    """The real size holds x; what is too wide reads it step by step, in place of a failure of ptxas."""
+    from dataclasses import replace
+
+    from s2quant.runtime.kernels.linear import MOST_DECLARED, body_of
+    from s2quant.runtime.kernels.ptx_sums import sum_bytes
+    from s2quant.runtime.kernels.shapes import candidates, shape_for
+
+    held = set()
+    for in_features in range(2560, 40960, 1280):
+        weight = weight_of(kind, 19456, in_features, True)
+        for shape in (shape_for(weight, 1), *candidates(weight, 1), *candidates(weight, 4)):
+            body = body_of(weight, shape, 1, live_rows=True, holding=True)
+            assert body.held_bytes + sum_bytes(body, shape.warps) <= MOST_DECLARED
+            wanted = replace(body, holding=shape.warps)
+            fits = wanted.held_bytes + sum_bytes(wanted, shape.warps) <= MOST_DECLARED
+            assert body.holding == (shape.warps if fits else 0)
+            held.add((in_features, body.holding > 0))
+    assert (2560, False) not in held and (39680, True) not in held

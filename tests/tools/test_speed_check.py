@@ -64,10 +64,10 @@ def test_variants_leave_out_one_thing_each(check):
         if "without many_rows" in ways:
             assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches
             assert not ways["without long_stretches"].long_stretches and ways["without long_stretches"].many_rows
-            assert "without shared_shifts" in ways
+            assert "without shared_shifts" in ways and "with whole_turns" in ways
         else:
             assert not ways["without flat"].flat and ways["without flat"].live_rows
-            assert "without shared_shifts" not in ways
+            assert "without shared_shifts" not in ways and "with whole_turns" not in ways
         for way, how in ways.items():
             if re.fullmatch(r"with(out)? \w+", way):
                 word, name = way.split()
@@ -102,13 +102,14 @@ def test_a_trial_that_is_wrong_is_not_timed_and_changes_nothing_else(check, monk
     monkeypatch.setattr(linears, "errors", errors)
     kernels_part(check)
     assert before.shared_shifts
-    shifts = replace(before, shared_shifts=False)
-    assert trials(check) == {"without shared_shifts": shifts}
-    tried = {(kind, 17, shifts) for kind in ("w4", "w8")}
+    ways = {"without shared_shifts": replace(before, shared_shifts=False)}
+    ways["with whole_turns"] = replace(before, whole_turns=True)
+    assert trials(check) == ways
+    tried = {(kind, 17, way) for kind in ("w4", "w8") for way in ways.values()}
     assert {job for job in seen if job[2] != before} == tried
     assert check.how == before and "fell_back" not in check.facts
     titles = {row[2] for row in variants_of(check)}
-    assert "without many_rows" in titles and "without shared_shifts" not in titles
+    assert {"without many_rows", "with whole_turns"} <= titles and "without shared_shifts" not in titles
     wrong = [row["case"] for row in check.facts["kernels"] if not row["right"]]
     assert wrong and all(name.endswith(" without shared_shifts") for name in wrong)
 

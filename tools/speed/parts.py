@@ -117,7 +117,7 @@ def switched(how: How, key: str) -> tuple[str, How]:
 
 def trials(check: Check) -> dict[str, How]:
     """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
-    return dict([switched(check.how, "shared_shifts")]) if check.how.many_rows else {}
+    return dict(switched(check.how, key) for key in ("shared_shifts", "whole_turns")) if check.how.many_rows else {}
 
 
 def trial_rows(check: Check, case: linears.Case) -> list[int]:
@@ -266,7 +266,7 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
+MANY_ONLY = ("many_rows", "shared_shifts", "whole_turns", "long_stretches")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
 
 

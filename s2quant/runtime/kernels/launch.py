@@ -34,6 +34,9 @@ class How:
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64 on an H100.
+        whole_turns: Whether products of many rows unpack all 128 inputs of a turn for one output of each word for one
+            product, two a turn, not eight (8 bits: four), so that it goes on while the next codes are unpacked; no GPU
+            has run it yet.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
@@ -51,6 +54,7 @@ class How:
     flat: bool = True
     many_rows: bool = True
     shared_shifts: bool = True
+    whole_turns: bool = False
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 2
@@ -59,8 +63,8 @@ class How:
 
 # What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
 # at batch 1, 0.2 of them those of its bf16 products (H200); at 8 rows these cost time. In a bf16 model early starts
-# cost 0.3 ms at batch 1 (0.02 without those of its products) and win 0.25 at batch 64 (H100): so they are used there
-# beyond 32 slots, as no number between 1 and 64 was timed.
+# cost 0.4 ms at batch 1 (H200) and win 0.25 at batch 64 (H100): so they are used there beyond 32 slots, as no number
+# between 1 and 64 was timed.
 MEASURED = How(early=True)
 MEASURED_DENSE = How()
 MEASURED_DENSE_MANY = How(early=True, early_dense=0)

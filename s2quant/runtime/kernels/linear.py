@@ -28,11 +28,11 @@ from torch import Tensor
 from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, early_options, start
 from s2quant.runtime.kernels.plain import over_rows, plain_flat, plain_tile, swapped
 from s2quant.runtime.kernels.ptx import COLUMNS, STEP, Body, ask, multiply, num_registers
-from s2quant.runtime.kernels.ptx_sums import num_values, reduce
+from s2quant.runtime.kernels.ptx_sums import num_values, reduce, sum_bytes
 from s2quant.runtime.kernels.weights import MOST_COLUMNS, Shape, Then, Weight
 
 SHARED_REGISTERS = 128  # per thread at most: two programs of 8 warps, or four of 4, share an SM
-MOST_HELD = 40960  # bytes of x in shared memory; beside them are the sums, and 49,152 is the most that PTX can declare
+MOST_DECLARED = 49152  # bytes of shared memory that PTX can declare, for x and for the sums
 
 
 def _name(compiled: Any) -> str:
@@ -228,7 +228,7 @@ def linear_kernel(
             tl.store(squares_out + column * tl.num_programs(0) + tl.program_id(0), total, real)
 
 
-def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False, holds: bool = False) -> Body:
+def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False, holding: bool = False) -> Body:
     """Describe the inner loop of a linear.
 
     Args:
@@ -236,7 +236,7 @@ def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False,
         shape: How it is cut up.
         columns: Groups of 8 rows of x.
         live_rows: Whether to read only those that exist, where there are less than 8.
-        holds: Whether the only row is read at once, into shared memory, where it has room.
+        holding: Whether the only row is read at once, into shared memory, where it has room.
 
     Returns:
         The loop.
@@ -257,9 +257,10 @@ def body_of(weight: Weight, shape: Shape, columns: int, live_rows: bool = False,
         bf16_scales=scales is not None and scales.element_size() == 2 and "bfloat16" in str(scales.dtype),
         gated=weight.gated and weight.kind == "bf16",
         live_rows=live_rows,
-        holding=shape.warps if holds else 0,
+        holding=shape.warps if holding else 0,
     )
-    return body if body.held_bytes <= MOST_HELD else replace(body, holding=0)
+    fits = body.held_bytes + sum_bytes(body, shape.warps) <= MOST_DECLARED
+    return body if fits else replace(body, holding=0)
 
 
 def holds(weight: Weight, num_rows: int, how: How) -> bool:

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from s2quant.runtime.kernels.ptx_hold import hold
+
 Kind = Literal["w4", "w8", "bf16"]
 STEP: dict[str, int] = {"w4": 128, "w8": 128, "bf16": 64}  # inputs per step
 TILE = 16  # outputs of a tile
@@ -131,7 +133,7 @@ def multiply(body: Body) -> tuple[str, str]:
         *writer.addresses(*address[:4]),
         *([f".reg .pred mine;\nsetp.gt.s32 mine, {address[4]}, 0;"] if body.live_rows and not body.holding else []),
         *(f".reg .b32 {name};\nmov.b32 {name}, ${num_sums + n};" for n, name in enumerate(names)),
-        *(writer.hold(address[4]) if body.holding else []),
+        *(hold(body, 2 * STEP[body.kind], address[4]) if body.holding else []),
         *writer.loop(),
         *(f"mov.f32 ${n}, acc{n};" for n in range(num_sums)),
         "}",
@@ -255,50 +257,6 @@ class _Writer:
                     load = f"{how}.v4.b32 {{{', '.join(names)}}}, [{address}+{first + 64 * i}];"
                     out += self._guarded(step, names, load, guard)
         return out
-
-    def hold(self, thread: str) -> list[str]:
-        """Copy the warp's inputs to shared memory, zeros behind them for the lanes that have no row."""
-        body, step = self.body, 2 * STEP[self.body.kind]
-        row, zeros = body.num_steps * step, self.depth * step
-        out = [
-            f".shared .align 16 .b8 held[{body.held_bytes}];",
-            ".reg .b32 xs, on, to, lane, z;",
-            ".reg .pred mine, here;",
-            "mov.b32 z, 0;",
-            f"and.b32 lane, {thread}, 31;",
-            f"shr.u32 to, {thread}, 5;",
-            f"mul.lo.u32 to, to, {row + zeros};",
-            "mov.u32 xs, held;",
-            "add.u32 xs, xs, to;",  # the warp's part
-            "shl.b32 to, lane, 4;",  # what the lane copies: 16 of every 512 bytes
-        ]
-        pieces = range(0, row, 512)
-        names = {start: [f"q{start}_{n}" for n in range(4)] for start in pieces}
-        for start in pieces:
-            out += [f".reg .b32 {name};\nmov.b32 {name}, 0;" for name in names[start]]
-            load = f"ld.global.v4.b32 {{{', '.join(names[start])}}}, [xa+{start}];"
-            if body.exact and start + 512 <= row:
-                out.append(load)
-                continue
-            out += [f"mul.lo.u32 on, rem, {step};", f"sub.s32 on, on, {start};"]
-            out += ["setp.gt.s32 here, on, to;", f"@here {load}"]
-        out += ["add.u32 to, to, xs;", "shl.b32 lane, lane, 4;"]
-        for start in pieces:
-            store = f"st.shared.v4.b32 [to+{start}], {{{', '.join(names[start])}}};"
-            out += [store] if start + 512 <= row else [f"setp.gt.s32 here, {row - start}, lane;", f"@here {store}"]
-        for start in range(0, zeros, 512):
-            store = f"st.shared.v4.b32 [to+{row + start}], {{z, z, z, z}};"
-            out += [store] if start + 512 <= zeros else [f"setp.gt.s32 here, {zeros - start}, lane;", f"@here {store}"]
-        return [
-            *out,
-            "setp.gt.s32 mine, 64, lane;",  # lanes 0 to 3, of output 0
-            "and.b32 lane, lane, 48;",
-            "add.u32 xs, xs, lane;",
-            f"@!mine add.u32 xs, xs, {row};",
-            "mov.b32 on, 0;",
-            f"@mine mov.b32 on, {zeros};",  # the others stay where they are
-            "bar.warp.sync 0xffffffff;",
-        ]
 
     def _x(self, u: int, blocks: Iterable[int]) -> list[str]:
         """Load x: 16 bytes per run of 32 inputs and group of rows."""

@@ -22,6 +22,24 @@ def num_values(warps: int) -> int:
     return max(1, TILE * COLUMNS // (32 * warps))
 
 
+def sum_bytes(body: Body, warps: int) -> int:
+    """Count the bytes of shared memory that `reduce` takes.
+
+    Args:
+        body: The loop.
+        warps: Warps of a program.
+
+    Returns:
+        The bytes.
+    """
+    return _at_once(body, warps) * warps * PART_BYTES
+
+
+def _at_once(body: Body, warps: int) -> int:
+    """Count the tiles, of 8 rows of x each, that are added up together."""
+    return min(body.tiles * body.columns, max(1, MOST_SHARED // (warps * PART_BYTES)))
+
+
 @cache
 def reduce(body: Body, warps: int) -> tuple[str, str]:
     """Generate the third part: add up what the warps have, through shared memory; all threads take part.
@@ -38,11 +56,11 @@ def reduce(body: Body, warps: int) -> tuple[str, str]:
         PTX with LLVM's operand names, and LLVM's constraints.
     """
     pairs, values = body.tiles * body.columns, num_values(warps)
-    at_once = min(pairs, max(1, MOST_SHARED // (warps * PART_BYTES)))
+    at_once = _at_once(body, warps)
     results, thread = pairs * values, f"${pairs * values + 4 * pairs}"
     lines = [
         "{",
-        f".shared .align 16 .b8 parts[{at_once * warps * PART_BYTES}];",
+        f".shared .align 16 .b8 parts[{sum_bytes(body, warps)}];",
         ".reg .b32 base, to, from, t;",
         *(f".reg .f32 sum{n};" for n in range(results)),
         *(f".reg .f32 part{w};" for w in range(warps)),
