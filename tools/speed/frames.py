@@ -22,7 +22,7 @@ from s2quant.runtime.decoder import Decoder
 from s2quant.runtime.fast import FastDecoder
 from s2quant.runtime.fused import FusedFrame
 from s2quant.runtime.fused_weights import PlacedLinear
-from s2quant.runtime.kernels.launch import MEASURED, How
+from s2quant.runtime.kernels.launch import MEASURED, How, compile_together
 from s2quant.runtime.kernels.weights import Then
 from s2quant.runtime.linears import make_linear
 from s2quant.runtime.load import set_module
@@ -138,12 +138,17 @@ class _Listed(FusedFrame):
 
 @torch.inference_mode()
 def listed(model: DualAR, batch: int, position: int, residual: int, how: How = MEASURED) -> list[Job]:
-    """List the linears that a frame launches, to be compiled in parallel; its other kernels are compiled now."""
+    """List the linears that a frame launches, to be compiled in parallel; its other kernels are, now, side by side."""
     decoder = seated(model, batch, position, residual, fused=True, graphs=False)
     frame = _Listed(model, batch, residual, decoder.max_positions, how)
     frame.jobs = {}
     context = decoder._context_bucket(position + 1)
-    frame.run(decoder.state, (decoder.cache, decoder.fast_cache), decoder._table, batch, context)
+
+    def run() -> None:
+        frame.run(decoder.state, (decoder.cache, decoder.fast_cache), decoder._table, batch, context)
+
+    compile_together(run)
+    run()
     return list(frame.jobs)
 
 
