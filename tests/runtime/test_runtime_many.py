@@ -87,7 +87,7 @@ def test_shared_shifts_unpack_the_same_numbers(kind, group_size):
 
 @kernel
 @pytest.mark.parametrize("kind", ["w4", "w8"])
-@pytest.mark.parametrize(("group_size", "splits"), [(32, 1), (128, 2)])
+@pytest.mark.parametrize(("group_size", "splits"), [(32, 1), (128, 2), (64, 3)])  # 3 turns
 def test_whole_turns_multiply_the_same_numbers(kind, group_size, splits):
     from s2quant.runtime.kernels.many import many
     from s2quant.runtime.kernels.weights import Then

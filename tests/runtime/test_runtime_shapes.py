@@ -1,5 +1,7 @@
 """How linears are cut up: by rule, and by the table that was measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,8 +99,6 @@ def test_the_committed_table_is_sound():
 @pytest.mark.parametrize("kind", sorted(STEP))
 def test_what_a_program_holds_fits_beside_its_sums(kind):
     """The real size holds x; what is too wide reads it step by step, in place of a failure of ptxas."""
-    from dataclasses import replace
-
     from s2quant.runtime.kernels.linear import MOST_DECLARED, body_of
     from s2quant.runtime.kernels.ptx_sums import sum_bytes
     from s2quant.runtime.kernels.shapes import candidates, shape_for
@@ -114,3 +114,17 @@ def test_what_a_program_holds_fits_beside_its_sums(kind):
             assert body.holding == (shape.warps if fits else 0)
             held.add((in_features, body.holding > 0))
     assert (2560, False) not in held and (39680, True) not in held
+
+
+def test_splits_of_whole_turns_are_even():
+    from s2quant.runtime.kernels.choice import plan_for
+    from s2quant.runtime.kernels.launch import How
+
+    for kind in ("w4", "w8"):
+        for size, turns, splits in ((SIZES[3], 76, 19), (SIZES[1], 32, 8), (SIZES[2], 20, 1)):
+            weight = weight_of(kind, *size)
+            plans = [plan_for(weight, 64, How(whole_turns=whole)) for whole in (False, True)]
+            assert plans[1].splits == splits and turns % splits == 0
+            assert plans[1] == replace(plans[0], splits=splits)
+    dense = weight_of("bf16", *SIZES[3])
+    assert plan_for(dense, 64, How(whole_turns=True)) == plan_for(dense, 64, How())

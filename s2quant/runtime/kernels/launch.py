@@ -34,9 +34,9 @@ class How:
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64 on an H100.
-        whole_turns: Whether products of many rows unpack all 128 inputs of a turn for one output of each word for one
-            product, two a turn, not eight (8 bits: four), so that it goes on while the next codes are unpacked; no GPU
-            has run it yet.
+        whole_turns: Whether products of many rows unpack all 128 inputs of a turn for one product: two a turn, one for
+            each output of a word, not eight (8 bits: four), which go on while the next codes are unpacked; and whether
+            splits of the inputs have the same number of turns. No GPU has run it yet.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.

@@ -175,7 +175,11 @@ def many_kernel(
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
     wait(DEVICE)
-    for step in tl.range(first, last, num_stages=STAGES):
+    EVEN: tl.constexpr = WHOLE and STEPS % SPLITS == 0  # a number of turns that ptxas knows: it serializes others
+    if EVEN:
+        last = SPLIT_STEPS
+    for turn in tl.range(0 if EVEN else first, last, num_stages=STAGES):
+        step = first + turn if EVEN else turn
         if PACKED:
             words = tl.load(weights + step * (64 * BITS))
             pairs = tl.load(seconds + step * (8 * GROUPS))
