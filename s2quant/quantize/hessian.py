@@ -34,14 +34,14 @@ class Product:
     total: float
 
 
-def squares(rows: Tensor) -> Tensor:
-    """Multiply X^T X.
+def gram(rows: Tensor) -> Tensor:
+    """Compute the Gram matrix X^T X.
 
     Args:
-        rows: Floating point [R, K].
+        rows: Floating point [R, K], on any device.
 
     Returns:
-        float32 [K, K], of exact products of the elements.
+        float32 [K, K] on that device: exact products of the elements, added up in float32.
     """
     rows = rows.contiguous()
     if rows.is_cuda and rows.element_size() == 2:
@@ -115,9 +115,9 @@ class Hessian:
                 "check the weights of the layers before it and the calibration lines, or run in bf16 or float32",
             )
         if weights is None:
-            return Product(matrix=squares(rows), num_tokens=len(rows), total=float(len(rows)))
+            return Product(matrix=gram(rows), num_tokens=len(rows), total=float(len(rows)))
         weighted, total = rows.to(torch.float32) * weights.sqrt()[:, None], float(weights.double().sum())
-        return Product(matrix=squares(weighted), num_tokens=len(rows), total=total)
+        return Product(matrix=gram(weighted), num_tokens=len(rows), total=total)
 
     @torch.no_grad()
     def accumulate(self, product: Product) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s2quant.errors import UserError
-from s2quant.quantize.hessian import Hessian, squares
+from s2quant.quantize.hessian import Hessian, gram
 
 
 def inputs(rows: int = 50, columns: int = 16) -> torch.Tensor:
@@ -64,12 +64,12 @@ def test_products_made_elsewhere_give_the_same_bits() -> None:
 def test_tensor_cores_add_exact_products_up_in_float32(dtype: torch.dtype) -> None:
     x = (torch.randn(1024, 640, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 2, 640)).to(dtype)
     exact = x.double().T @ x.double()
-    found = squares(x.cuda())
+    found = gram(x.cuda())
     assert found.dtype == torch.float32
     norms = exact.diagonal().sqrt()
     away = ((found.cpu().double() - exact).abs() / (norms[:, None] * norms)).max()
     assert away < 1e-5  # a sum rounded to 16 bits would be 5e-4 off and more
-    assert torch.equal(found, squares(x.cuda()))
+    assert torch.equal(found, gram(x.cuda()))
 
 
 @pytest.mark.gpu

@@ -5,10 +5,10 @@ The frame's kernels need a GPU: a reading of the same rows by plain torch stands
 
 import pytest
 import torch
-from test_runtime_engine import MIXED, spoken
+from test_runtime_engine import spoken
 from test_runtime_fast import same
 from test_runtime_prefix import speaks_twice_as_the_plain_decoder
-from test_runtime_prompt_graphs import long_prompt
+from test_runtime_prompt_graphs import long_prompt, mixed_as_the_plain_decoder
 
 from s2quant.errors import UserError
 from s2quant.runtime import engine as engine_module
@@ -69,12 +69,7 @@ def together(monkeypatch):
 @pytest.mark.parametrize(("case", "num_slots"), [("project", 3), ("shared", 1), ("shared", 2), ("shared", 20)])
 def test_speeches_are_the_plain_decoder_s(prompt_engine, together, case, num_slots):
     """Over slots, refills, moves to another slot, and batches of text that begin while others speak."""
-    plain, fast = (prompt_engine(case, num_slots) for _ in range(2))
-    fast.decoder = "fast"
-    theirs = spoken(plain, MIXED)
-    for _ in range(2):
-        for ours, its in zip(spoken(fast, MIXED), theirs, strict=True):
-            same(ours, its)
+    mixed_as_the_plain_decoder(prompt_engine, case, num_slots)
     assert {size for size, _ in together} == {16, 64}
     assert num_slots < 3 or max(len(slots) for _, slots in together) > 1
 

@@ -128,3 +128,23 @@ def test_splits_of_whole_turns_are_even():
             assert plans[1] == replace(plans[0], splits=splits)
     dense = weight_of("bf16", *SIZES[3])
     assert plan_for(dense, 64, How(whole_turns=True)) == plan_for(dense, 64, How())
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_attention_is_launched_with_the_warps_and_blocks_that_are_asked_for(batch, monkeypatch):
+    from s2quant.runtime.kernels import attention as module
+    from s2quant.runtime.kernels.launch import How
+
+    launched = []
+    monkeypatch.setattr(module, "start", lambda kernel, grid: lambda *values, **options: launched.append(options))
+    cached = torch.empty(batch, 8, 512, 128, dtype=torch.bfloat16)
+    layer = module.Layer(
+        keys=cached, values=cached, q_norm=None, k_norm=None, eps=1e-6, table=torch.empty(512, 64, 2), place=None
+    )
+    scratch = module.Scratch.make(batch, 32, 8, 128, 8, torch.device("cpu"))
+    for how in (How(), How(attention_warps=4, attention_stages=3)):
+        module.attention(
+            layer, torch.empty(batch, 48 * 128), torch.zeros(batch, dtype=torch.int64),
+            torch.empty(batch, 4096, dtype=torch.bfloat16), scratch, batch=batch, first_row=0, context=512, how=how,
+        )  # fmt: skip
+    assert [(options["num_warps"], options["num_stages"]) for options in launched] == [(2, 2), (4, 3)]

@@ -121,6 +121,18 @@ def test_first_ways_leave_out_all_that_came_later(check):
     assert first.early and not (
         first.many_rows or first.long_stretches or first.flat or first.live_rows or first.loads_first or first.narrow
     )
+    assert not (first.holds or first.whole_turns) and (first.attention_warps, first.attention_stages) == (4, 3)
+
+
+def test_attention_is_timed_with_other_warps_and_blocks(check):
+    from tools.speed.parts import variants_of
+
+    ways = {way: how for *its, way, how in variants_of(check) if tuple(its) == ("w4a16", 1)}
+    used = ways["as used"]
+    for warps in (1, 4, 8):
+        assert ways[f"attention of {warps} warps"] == replace(used, attention_warps=warps) != used
+    for stages in (1, 3):
+        assert ways[f"attention of {stages} stages"] == replace(used, attention_stages=stages) != used
 
 
 def test_bandwidth_counts_what_is_moved():
