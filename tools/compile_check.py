@@ -1,6 +1,6 @@
 """Compile every kernel of the fused frame for a Hopper GPU on a machine without one, with the Triton that is installed.
 
-    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 2] [--switch shared_shifts,early]
+    python tools/compile_check.py [--batch 1,8,12,24,32,64] [--layers 2] [--switch early,turns_asked=4]
 
 A model of the real widths with few layers runs its frames; a launch compiles and computes nothing. Printed are the
 kernels with their launch options, shared memory, compile time, and what ptxas says of registers, spilled bytes and
@@ -108,11 +108,17 @@ class Compiler:
         print(f"{kernel.__name__} ({about}) {options}: {said}", flush=True)
 
 
+def switched(how: Any, word: str) -> tuple[str, Any]:
+    """Read a part of `How` to be the other way round, or "name=number"."""
+    name, _, number = word.partition("=")
+    return name, int(number) if number else not getattr(how, name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", default="1,8,12,24,32,64")
     parser.add_argument("--layers", type=int, default=2, help="of each AR")
-    parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, comma separated")
+    parser.add_argument("--switch", default="", help="parts of `How` to be the other way round, or name=number")
     options = parser.parse_args()
     from s2quant.checkpoint.config import S2Config
     from s2quant.export.random import s2_pro_config
@@ -139,7 +145,7 @@ def main() -> int:
             assert decoder.fused_obstacle is None and decoder._fused is not None, decoder.fused_obstacle
             if options.switch:
                 how = decoder._fused.how
-                how = replace(how, **{name: not getattr(how, name) for name in options.switch.split(",")})
+                how = replace(how, **dict(switched(how, word) for word in options.switch.split(",")))
                 decoder._fused = FusedFrame(model, batch, 1024, decoder.max_positions, how)
             for context in (512, 1024):
                 decoder.replay((batch, context, 32))

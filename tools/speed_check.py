@@ -42,6 +42,7 @@ def go_on_anew(check: Check, after: str) -> None:
     arguments = ["--out", str(check.options.out), "--only", ",".join(left), "--size", check.size]
     arguments += ["--device", str(check.device), "--seconds", f"{seconds:.0f}", "--how", "first", "--go-on"]
     arguments += ["--variants", check.options.variants, "--models", check.options.models]
+    arguments += ["--cases", check.options.cases]
     arguments += [part for library in check.options.preload for part in ("--preload", str(library))]
     os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=WHOLE_S, help="for all parts together")
     parser.add_argument("--how", choices=("best", "first"), default="best", help="how kernels are launched")
     parser.add_argument("--variants", default="", metavar="REGEX", help='of "w4a16 batch 64, without early"')
+    parser.add_argument("--cases", default="", metavar="REGEX", help='of "w4 w1+w3 M=64": what the part "tune" times')
     parser.add_argument("--models", default="", help="some of w4a16,bf16,fast8,w8a16")
     parser.add_argument("--go-on", action="store_true", help="keep what is in DIR/speed.json")
     parser.add_argument("--preload", type=Path, action="append", default=[], help="a torch extension of gptqmodel's")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2quant.model import DualAR
 from s2quant.runtime.cache import KVCache
-from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, fast_stack, slow_stack
+from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, Places, fast_stack, slow_stack
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
@@ -187,11 +187,11 @@ class FusedFrame:
         sizes = {min(rows, 32), rows}  # what is cut up in another way
         return max(num_parts(linear.weight, self._plan(linear, size), size) for linear in linears for size in sizes)
 
-    def _place(self, linear: PlacedLinear, rows: int) -> Tensor | None:
-        """Say where a linear wants its inputs."""
+    def _place(self, places: PlacedLinear | Places, rows: int) -> Tensor | None:
+        """Say where a linear wants its inputs, or where outputs are written."""
         from s2quant.runtime.kernels.choice import is_many
 
-        return linear.many_place if is_many(rows, self.how) else linear.place
+        return places.many_place if is_many(rows, self.how) else places.place
 
     def _attention_layer(self, stack: FusedStack, number: int, cache: KVCache, table: Tensor, rows: int) -> Layer:
         from s2quant.runtime.kernels.attention import Layer
@@ -266,7 +266,7 @@ class FusedFrame:
         then = Then(
             epilogue="gate",
             out=middle,
-            place=self._place(layer.down, rows),
+            place=self._place(layer.gated, rows),
             squares_in=between,
             eps=stack.eps,
         )

@@ -106,6 +106,19 @@ def _gate_obstacle(module: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Places:
+    """Where outputs are written, so that the next linear finds its inputs.
+
+    Args:
+        place: int32 [N], of each output; None: in order.
+        many_place: The same where many rows are multiplied.
+    """
+
+    place: Tensor | None
+    many_place: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PlacedLinear:
     """A weight, and where its inputs stand.
 
@@ -135,6 +148,7 @@ class FusedLayer:
         qkv: wqkv.
         out: wo.
         pair: w1 and w3, gated.
+        gated: Where their outputs are written.
         down: w2.
         attention_norm: [D].
         ffn_norm: [D].
@@ -146,6 +160,7 @@ class FusedLayer:
     qkv: PlacedLinear
     out: PlacedLinear
     pair: PlacedLinear
+    gated: Places
     down: PlacedLinear
     attention_norm: Tensor
     ffn_norm: Tensor
@@ -231,21 +246,34 @@ def residual_head(output: nn.Module, residual_size: int) -> PlacedLinear:
     return dense_linear(output.weight.detach()[:residual_size])
 
 
-def _pair(block: Block) -> PlacedLinear:
-    """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too."""
-    from s2quant.runtime.kernels.layout import pair
+def _pair(block: Block, down: PlacedLinear) -> tuple[PlacedLinear, Places]:
+    """Give w1 and w3 as one gated weight; packed ones are replaced by their pair in the model too.
+
+    A packed pair has its outputs in the order in which w2 reads many rows: each written to a place of its own, two
+    bytes at a time, they took a third of the product's time (docs/frame.md).
+    """
+    from s2quant.runtime.kernels.layout import arranged, pair, with_outputs
     from s2quant.runtime.kernels.weights import Weight
 
     gate: nn.Module = block.feed_forward
     if not isinstance(gate, PairedFeedForward):
         first, second = block.feed_forward.w1, block.feed_forward.w3
         if isinstance(first, nn.Linear):
-            return dense_linear(first.weight.detach(), second.weight.detach())
+            linear = dense_linear(first.weight.detach(), second.weight.detach())
+            return linear, Places(place=down.place, many_place=down.many_place)
         assert isinstance(first, TritonLinear) and isinstance(second, TritonLinear)
-        gate = PairedFeedForward(TritonLinear(pair(first.packed, second.packed)), block.feed_forward.w2)
+        packed, place = pair(first.packed, second.packed), None
+        if down.many_place is not None:
+            place = down.many_place.long()
+            packed = with_outputs(packed, torch.argsort(place))
+        gate = PairedFeedForward(TritonLinear(packed), block.feed_forward.w2, place)
         block.feed_forward = gate
     packed = gate.pair.packed
-    return PlacedLinear(weight=Weight.of(packed, gated=True), place=packed.place)
+    few: Tensor | None = None
+    if gate.place is not None:
+        few = arranged(torch.arange(down.weight.in_features, device=packed.words.device), down.weight.kind).int()
+    pair_of = PlacedLinear(weight=Weight.of(packed, gated=True), place=packed.place)
+    return pair_of, Places(place=few, many_place=None)
 
 
 def fused_layer(block: Block) -> FusedLayer:
@@ -260,11 +288,14 @@ def fused_layer(block: Block) -> FusedLayer:
     attention = block.attention
     norms = [None if norm is None else norm.weight.detach() for norm in (attention.q_norm, attention.k_norm)]
     eps = 0.0 if attention.q_norm is None or attention.q_norm.eps is None else attention.q_norm.eps
+    down = _linear(block.feed_forward.w2)
+    pair, gated = _pair(block, down)
     return FusedLayer(
         qkv=_linear(attention.wqkv),
         out=_linear(attention.wo),
-        pair=_pair(block),
-        down=_linear(block.feed_forward.w2),
+        pair=pair,
+        gated=gated,
+        down=down,
         attention_norm=block.attention_norm.weight.detach(),
         ffn_norm=block.ffn_norm.weight.detach(),
         q_norm=norms[0],

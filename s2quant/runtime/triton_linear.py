@@ -125,11 +125,15 @@ class PairedFeedForward(nn.Module):
     Args:
         pair: w1 and w3, 8 outputs of each in turn.
         w2: The third linear.
+        place: int64 [N], where in the pair each output stands; None: in order.
     """
 
-    def __init__(self, pair: TritonLinear, w2: nn.Module) -> None:
+    place: Tensor | None
+
+    def __init__(self, pair: TritonLinear, w2: nn.Module, place: Tensor | None = None) -> None:
         super().__init__()
         self.pair, self.w2 = pair, w2
+        self.register_buffer("place", place, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the feed-forward.
@@ -141,5 +145,6 @@ class PairedFeedForward(nn.Module):
             [..., D] in x's dtype.
         """
         first, second = self.pair(x).unflatten(-1, (-1, 2, 8)).unbind(-2)
-        y: Tensor = self.w2(F.silu(first.flatten(-2)) * second.flatten(-2))
+        gated = F.silu(first.flatten(-2)) * second.flatten(-2)
+        y: Tensor = self.w2(gated if self.place is None else gated[..., self.place])
         return y

@@ -77,16 +77,11 @@ def test_without_it_they_meet_often():
 
 
 @pytest.mark.parametrize("kind", ["w4", "w8"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, whole, monkeypatch):
-    """No element of a packed weight goes back to shared memory, and the tensor cores read x from there.
-
-    Where a turn is unpacked as a whole, products are under way while the next codes are unpacked.
-    """
+def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, monkeypatch):
+    """No element of a packed weight goes back to shared memory, and the tensor cores read x from there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from s2quant.runtime.kernels.launch import How
     from s2quant.runtime.kernels.many import many, many_kernel
     from s2quant.runtime.kernels.weights import Block, Then, Weight
 
@@ -102,8 +97,7 @@ def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, whole, 
     monkeypatch.setattr(
         type(many_kernel), "warmup", lambda kernel, *values, grid, **options: asked.setdefault(kernel.__name__, options)
     )
-    x = torch.empty(64, 4096, dtype=torch.bfloat16)
-    many(weight, x, 64, then, block, How(whole_turns=whole), launch=False)
+    many(weight, torch.empty(64, 4096, dtype=torch.bfloat16), 64, then, block, launch=False)
     constants = {name: value for name, value in asked["many_kernel"].items() if name in many_kernel.arg_names}
     types = NAMES | {"second": "*i32", "parts": "*fp32"}
     source = ASTSource(
@@ -121,8 +115,6 @@ def test_codes_of_many_rows_are_unpacked_where_they_are_multiplied(kind, whole, 
     loop = text[products[0] : products[-1]]
     assert len(products) == 16 and "cp.async" in text
     assert "st.shared" not in loop and "stmatrix" not in loop and "bar.sync" not in loop
-    waits = [int(number) for number in re.findall(r"wgmma.wait_group.sync.aligned (\d+)", loop)]
-    assert whole == (0 not in waits)
     assert text.index("griddepcontrol.launch_dependents") < text.index("griddepcontrol.wait") < text.index("cp.async")
 
 

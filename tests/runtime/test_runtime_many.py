@@ -1,14 +1,15 @@
 """The kernel of many rows against plain PyTorch: in Triton's interpreter here, compiled where there is a GPU."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import runtime_cases as cases
 import torch
+from layout_cases import matrix_of
 from test_runtime_kernels import DEVICE, INSIDE, how_of, kernel, poisoned, randn, relative, weight_of
 from torch.nn import functional as F
 
-from s2quant.runtime.kernels.layout import arranged, arranged_place
+from s2quant.runtime.kernels.layout import arranged, arranged_place, pack
 
 KINDS = ["w4", "w8", "bf16"]
 
@@ -85,21 +86,6 @@ def test_shared_shifts_unpack_the_same_numbers(kind, group_size):
     assert relative(found[0], x_of(64, 256)[:64].double() @ rounded(matrix).T) < 1e-5
 
 
-@kernel
-@pytest.mark.parametrize("kind", ["w4", "w8"])
-@pytest.mark.parametrize(("group_size", "splits"), [(32, 1), (128, 2), (64, 3)])  # 3 turns
-def test_whole_turns_multiply_the_same_numbers(kind, group_size, splits):
-    from s2quant.runtime.kernels.many import many
-    from s2quant.runtime.kernels.weights import Then
-
-    weight, (matrix,) = weight_of(kind, 144, 384, False, group_size)
-    x, block = x_of(64, 384), replace(block_of(weight), splits=splits)
-    for whole in (False, True):
-        out = poisoned(64, 144)
-        many(weight, arranged(x, kind), 64, Then(epilogue="store", out=out), block, how_of(whole_turns=whole))
-        assert relative(out, x[:64].double() @ rounded(matrix).T) < 1e-5
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_all_of_unpacking_is_exact_in_float32_up_to_its_rounding(bits):
     """2^(23 - TO) + middle, times a scale of 11 bits, has to fit into 24 for every TO: 8 and 12, or 8."""
@@ -128,7 +114,6 @@ def test_scales_of_bfloat16(kind):
 
 def matrix_with(weight, scales):
     """Read a packed weight back with other scales."""
-    from layout_cases import matrix_of
 
     from s2quant.runtime.kernels.layout import Packed
 
@@ -227,3 +212,37 @@ def test_where_inputs_stand_is_how_they_are_arranged(kind):
     if natural is not None:
         found[:, natural.long()] = values
         assert torch.equal(found, arranged(values, kind)) and not torch.equal(found, values)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (8, 128)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_pair_s_outputs_stand_where_the_next_linear_reads_many_rows(bits, group_size, shuffled):
+    """Few rows and many, against what the next linear wants of outputs in their natural order."""
+    from s2quant.runtime.fused_weights import _linear, _pair
+    from s2quant.runtime.triton_linear import PairedFeedForward, TritonLinear
+
+    def drawn(out_features, in_features, seed, shuffle):
+        weight = cases.quantized_weight(out_features, in_features, group_size, bits, seed, shuffle)
+        return TritonLinear(pack(weight))
+
+    linears = {"w1": drawn(384, 128, 1, False), "w3": drawn(384, 128, 2, False), "w2": drawn(144, 384, 3, shuffled)}
+    block, natural = SimpleNamespace(feed_forward=SimpleNamespace(**linears)), matrix_of(linears["w1"].packed)
+    down = _linear(linears["w2"])
+    for _ in range(2):  # a second frame of the same model finds the pair
+        linear, gated = _pair(block, down)
+        packed = block.feed_forward.pair.packed
+        assert isinstance(block.feed_forward, PairedFeedForward) and linear.weight.gated
+        first, second = matrix_of(packed).unflatten(0, (-1, 2, 8)).unbind(1)
+        place = block.feed_forward.place
+        assert torch.equal(first.flatten(0, 1)[place], natural)
+        assert torch.equal(second.flatten(0, 1)[place], matrix_of(linears["w3"].packed))
+        wanted, few = torch.empty_like(natural), torch.empty_like(natural)
+        wanted[natural_place(down, 384)] = natural
+        few[gated.place.long()] = first.flatten(0, 1)
+        assert gated.many_place is None and torch.equal(few, wanted)
+        assert torch.equal(first.flatten(0, 1), arranged(wanted.T, down.weight.kind).T)
+
+
+def natural_place(linear, in_features):
+    """Say where few rows want each input."""
+    return torch.arange(in_features) if linear.place is None else linear.place.long()

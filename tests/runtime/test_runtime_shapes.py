@@ -116,20 +116,6 @@ def test_what_a_program_holds_fits_beside_its_sums(kind):
     assert (2560, False) not in held and (39680, True) not in held
 
 
-def test_splits_of_whole_turns_are_even():
-    from s2quant.runtime.kernels.choice import plan_for
-    from s2quant.runtime.kernels.launch import How
-
-    for kind in ("w4", "w8"):
-        for size, turns, splits in ((SIZES[3], 76, 19), (SIZES[1], 32, 8), (SIZES[2], 20, 1)):
-            weight = weight_of(kind, *size)
-            plans = [plan_for(weight, 64, How(whole_turns=whole)) for whole in (False, True)]
-            assert plans[1].splits == splits and turns % splits == 0
-            assert plans[1] == replace(plans[0], splits=splits)
-    dense = weight_of("bf16", *SIZES[3])
-    assert plan_for(dense, 64, How(whole_turns=True)) == plan_for(dense, 64, How())
-
-
 @pytest.mark.parametrize("batch", [1, 64])
 def test_attention_is_launched_with_the_warps_and_blocks_that_are_asked_for(batch, monkeypatch):
     from s2quant.runtime.kernels import attention as module
@@ -147,4 +133,6 @@ def test_attention_is_launched_with_the_warps_and_blocks_that_are_asked_for(batc
             layer, torch.empty(batch, 48 * 128), torch.zeros(batch, dtype=torch.int64),
             torch.empty(batch, 4096, dtype=torch.bfloat16), scratch, batch=batch, first_row=0, context=512, how=how,
         )  # fmt: skip
-    assert [(options["num_warps"], options["num_stages"]) for options in launched] == [(2, 2), (4, 3)]
+    stages = (1, 1) if batch == 1 else (2, 3)  # few rows: a program has the one block that is asked for ahead
+    found = [(options["num_warps"], options["num_stages"]) for options in launched]
+    assert found == [(2, stages[0]), (4, stages[1])]

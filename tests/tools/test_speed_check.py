@@ -64,10 +64,10 @@ def test_variants_leave_out_one_thing_each(check):
         if "without many_rows" in ways:
             assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches
             assert not ways["without long_stretches"].long_stretches and ways["without long_stretches"].many_rows
-            assert "without shared_shifts" in ways and "with whole_turns" in ways
+            assert "without shared_shifts" in ways
         else:
             assert not ways["without flat"].flat and ways["without flat"].live_rows
-            assert "without shared_shifts" not in ways and "with whole_turns" not in ways
+            assert "without shared_shifts" not in ways
         for way, how in ways.items():
             if re.fullmatch(r"with(out)? \w+", way):
                 word, name = way.split()
@@ -103,13 +103,12 @@ def test_a_trial_that_is_wrong_is_not_timed_and_changes_nothing_else(check, monk
     kernels_part(check)
     assert before.shared_shifts
     ways = {"without shared_shifts": replace(before, shared_shifts=False)}
-    ways["with whole_turns"] = replace(before, whole_turns=True)
     assert trials(check) == ways
     tried = {(kind, 17, way) for kind in ("w4", "w8") for way in ways.values()}
     assert {job for job in seen if job[2] != before} == tried
     assert check.how == before and "fell_back" not in check.facts
     titles = {row[2] for row in variants_of(check)}
-    assert {"without many_rows", "with whole_turns"} <= titles and "without shared_shifts" not in titles
+    assert "without many_rows" in titles and "without shared_shifts" not in titles
     wrong = [row["case"] for row in check.facts["kernels"] if not row["right"]]
     assert wrong and all(name.endswith(" without shared_shifts") for name in wrong)
 
@@ -121,18 +120,22 @@ def test_first_ways_leave_out_all_that_came_later(check):
     assert first.early and not (
         first.many_rows or first.long_stretches or first.flat or first.live_rows or first.loads_first or first.narrow
     )
-    assert not (first.holds or first.whole_turns) and (first.attention_warps, first.attention_stages) == (4, 3)
+    assert not first.holds and (first.attention_warps, first.attention_stages) == (4, 3)
 
 
 def test_attention_is_timed_with_other_warps_and_blocks(check):
     from tools.speed.parts import variants_of
 
-    ways = {way: how for *its, way, how in variants_of(check) if tuple(its) == ("w4a16", 1)}
-    used = ways["as used"]
-    for warps in (1, 4, 8):
-        assert ways[f"attention of {warps} warps"] == replace(used, attention_warps=warps) != used
-    for stages in (1, 3):
-        assert ways[f"attention of {stages} stages"] == replace(used, attention_stages=stages) != used
+    for batch, others in ((1, (1, 4, 8)), (64, (2, 8))):
+        ways = {way: how for *its, way, how in variants_of(check) if tuple(its) == ("w4a16", batch)}
+        used = ways["as used"]
+        assert {way for way in ways if way.endswith(" warps")} == {f"attention of {warps} warps" for warps in others}
+        for warps in others:
+            assert ways[f"attention of {warps} warps"] == replace(used, attention_warps=warps) != used
+        if batch > 16:
+            for stages in (1, 3):
+                assert ways[f"attention of {stages} stages"] == replace(used, attention_stages=stages) != used
+            assert ways["4 turns asked for"] == replace(used, turns_asked=4) != used
 
 
 def test_bandwidth_counts_what_is_moved():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from s2quant.runtime.kernels.launch import MEASURED, MOST_PATIENT
+from s2quant.runtime.kernels.launch import MEASURED, measured
 
 SHARES = {  # seconds of 360 that a part may take; what one leaves is there for those after it
     "bandwidth": 6, "compile": 45, "kernels": 33, "exact": 42, "frames": 40, "variants": 25, "tune": 35, "settle": 80,
@@ -23,10 +23,9 @@ PARTS = tuple(SHARES)
 
 
 def for_model(how: Any, name: str, batch: int) -> Any:
-    """Launch as a model's frames are launched: dense ones of few slots do not start early."""
-    if name != "bf16":
-        return how
-    return replace(how, early=False) if batch <= MOST_PATIENT else replace(how, early_dense=0)
+    """Launch as a model's frames are launched: what differs by its kind and the number of slots, differs here, too."""
+    its = measured(name == "bf16", batch)
+    return replace(how, **{key: value for key, value in vars(its).items() if value != getattr(MEASURED, key)})
 
 
 def as_first(how: Any) -> Any:

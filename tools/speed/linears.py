@@ -121,10 +121,11 @@ def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.de
     poison = float("nan")
     kind = torch.float32 if case.epilogue == "store" else torch.bfloat16
     scaled, squares = case.epilogue != "residual", case.num_squares
+    in_order = case.epilogue == "store" or (case.gated and isinstance(plan, Block))
     return Then(
         epilogue=case.epilogue,
         out=torch.full((rows, outputs), poison, dtype=kind, device=device),
-        place=torch.randperm(outputs, device=device).int() if case.placed and case.epilogue != "store" else None,
+        place=torch.randperm(outputs, device=device).int() if case.placed and not in_order else None,
         squares_in=case.in_features * (0.5 + torch.rand(rows, squares, device=device)) / squares if scaled else None,
         hidden=None if scaled else torch.randn(rows, outputs, device=device),
         norm=None if scaled else torch.rand(outputs, device=device).bfloat16(),

@@ -117,7 +117,7 @@ def switched(how: How, key: str) -> tuple[str, How]:
 
 def trials(check: Check) -> dict[str, How]:
     """List ways to multiply many rows that are tried beside the one in use, as the part "variants" names them."""
-    return dict(switched(check.how, key) for key in ("shared_shifts", "whole_turns")) if check.how.many_rows else {}
+    return dict([switched(check.how, "shared_shifts")]) if check.how.many_rows else {}
 
 
 def trial_rows(check: Check, case: linears.Case) -> list[int]:
@@ -159,6 +159,7 @@ def kernels_part(check: Check) -> None:
 def tune_part(check: Check) -> None:
     cases = linears.cases(sizes_of(config_of(check.size)))
     pairs = {f"{case.kind} {case.name} M={rows}": (case, rows) for rows in TUNED_ROWS[check.size] for case in cases}
+    pairs = {name: pair for name, pair in pairs.items() if re.search(check.options.cases, name)}
     left_out: set[linears.Job] = set()
     if check.cuda:
         wanted = [job for case, rows in pairs.values() for job in linears.jobs(case, rows, True, check.how)]
@@ -266,7 +267,7 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_ONLY = ("many_rows", "shared_shifts", "whole_turns", "long_stretches")
+MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
 
 
@@ -285,8 +286,11 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
             more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
         else:
             more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
-        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in (1, 4, 8)[many:]}
-        more |= {f"attention of {stages} stages": replace(how, attention_stages=stages) for stages in (1, 3)}
+        its = [warps for warps in (1, 2, 4, 8)[many:] if warps != how.attention_warps]
+        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in its}
+        if many:  # few rows of 480 positions have a program for each block
+            more |= {f"attention of {stages} stages": replace(how, attention_stages=stages) for stages in (1, 3)}
+            more |= {f"{turns} turns asked for": replace(how, turns_asked=turns) for turns in (2, 4, 8, 76)}
         found += [(name, batch, title, way) for title, way in more.items()]
     found = [row for row in found if row[0] in models_of(check)]
     return [row for row in found if re.search(check.options.variants, f"{row[0]} batch {row[1]}, {row[2]}")]

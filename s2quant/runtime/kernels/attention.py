@@ -364,6 +364,7 @@ def attention(
         "PLACED": layer.place is not None, "FIRST": how.loads_first, "DEVICE": not INTERPRETED,
         **early_options(how.early),
     }  # fmt: skip
+    ahead = slots is None and how.loads_first and how.keys_first and context > 16 and least == 64  # else registers
     if context <= 16 and how.flat and slots is None:
         start(short_kernel, (batch, heads))(*whole, *cached, *rest, BLOCK=16, num_warps=1, **constants)
         return
@@ -379,11 +380,11 @@ def attention(
         LEAST=least,
         BLOCK=16 if context <= 16 else 64,
         SINGLE=context <= 16,
-        AHEAD=slots is None and how.loads_first and how.keys_first and context > 16 and least == 64,  # else registers
+        AHEAD=ahead,
         WRITTEN=slots is not None,
         JOINED_=JOINED,
         HEADS_BLOCK=triton.next_power_of_2(heads // kv_heads),
         num_warps=how.attention_warps,
-        num_stages=how.attention_stages,
+        num_stages=1 if ahead and context <= SHORT else how.attention_stages,  # no block comes after the first
         **constants,
     )

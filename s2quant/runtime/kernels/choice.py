@@ -16,7 +16,7 @@ from s2quant.runtime.kernels.launch import PATIENT, How
 from s2quant.runtime.kernels.linear import columns_for, linear
 from s2quant.runtime.kernels.linear import padded_rows as padded_few
 from s2quant.runtime.kernels.many import many, num_blocks, rows_of
-from s2quant.runtime.kernels.shapes import block_for, even, shape_for
+from s2quant.runtime.kernels.shapes import block_for, shape_for
 from s2quant.runtime.kernels.weights import Block, Shape, Then, Weight
 
 FEWEST_MANY = 17  # rows from which the kernel of many rows multiplies
@@ -48,8 +48,7 @@ def plan_for(weight: Weight, num_rows: int, how: How = PATIENT) -> Plan:
         The plan.
     """
     if is_many(num_rows, how):
-        block = block_for(weight, rows_of(num_rows))
-        return even(block, weight) if how.whole_turns and weight.kind != "bf16" else block
+        return block_for(weight, rows_of(num_rows))
     return shape_for(weight, columns_for(num_rows), how.narrow)
 
 

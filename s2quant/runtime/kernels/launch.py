@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN201 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
 """What all kernels share: starting before the kernel before has ended, and waiting for it."""
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ class How:
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64 on an H100.
-        whole_turns: Whether products of many rows unpack all 128 inputs of a turn for one product: two a turn, one for
-            each output of a word, not eight (8 bits: four), which go on while the next codes are unpacked; and whether
-            splits of the inputs have the same number of turns. No GPU has run it yet.
+        turns_asked: Turns of 128 inputs whose packed weights a product of many rows asks into L2 before waiting.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
-        attention_stages: Blocks of keys and values of it that are under way, with the one that is attended to. Its
-            shared memory grows with them, and where that is scarce the next kernel does not start early.
+        attention_stages: Blocks of keys and values of it that are under way, with the one that is attended to; one
+            where a program has no other. Its shared memory grows with them, and where that is scarce the next kernel
+            does not start early.
     """
 
     early: bool = False
@@ -54,7 +53,7 @@ class How:
     flat: bool = True
     many_rows: bool = True
     shared_shifts: bool = True
-    whole_turns: bool = False
+    turns_asked: int = 0
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 2
@@ -64,11 +63,12 @@ class How:
 # What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
 # at batch 1, 0.2 of them those of its bf16 products (H200); at 8 rows these cost time. In a bf16 model early starts
 # cost 0.4 ms at batch 1 (H200) and win 0.25 at batch 64 (H100): so they are used there beyond 32 slots, as no number
-# between 1 and 64 was timed.
+# between 1 and 64 was timed. The attention's four warps win 0.04 ms at 64 slots and lose 0.14 at 32 (W4A16, H200).
 MEASURED = How(early=True)
+MEASURED_MANY = How(early=True, attention_warps=4)
 MEASURED_DENSE = How()
-MEASURED_DENSE_MANY = How(early=True, early_dense=0)
-MOST_PATIENT = 32  # slots of a bf16 model whose kernels wait
+MEASURED_DENSE_MANY = How(early=True, early_dense=0, attention_warps=4)
+FEW_SLOTS = 32  # up to which kernels of a bf16 model wait, and the attention has two warps
 
 
 def measured(dense: bool, num_slots: int) -> How:
@@ -81,9 +81,8 @@ def measured(dense: bool, num_slots: int) -> How:
     Returns:
         What was fastest.
     """
-    if not dense:
-        return MEASURED
-    return MEASURED_DENSE if num_slots <= MOST_PATIENT else MEASURED_DENSE_MANY
+    few, many = (MEASURED_DENSE, MEASURED_DENSE_MANY) if dense else (MEASURED, MEASURED_MANY)
+    return few if num_slots <= FEW_SLOTS else many
 
 
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
@@ -115,6 +114,23 @@ def begin(DEVICE: tl.constexpr):
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [],
             dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def ask(at, num_bytes, DEVICE: tl.constexpr):
+    """Ask for memory to be brought into L2, a multiple of 16 bytes; nobody waits for it."""
+    if DEVICE:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 one, thread, 0;
+            setp.gt.and.s32 one, $2, 0, one;
+            @one cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""", "=r,l,r,~{memory}", [at.to(tl.int64), num_bytes], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

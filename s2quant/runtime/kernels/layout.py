@@ -147,6 +147,22 @@ def pair(first: Packed, second: Packed) -> Packed:
     )
 
 
+def with_outputs(packed: Packed, order: Tensor) -> Packed:
+    """Put the outputs of a pair into another order.
+
+    Args:
+        packed: What `pair` gave.
+        order: int64 [M/2], the output of w1, and of w3, that shall stand at each place.
+
+    Returns:
+        The same pair, its tiles of other outputs.
+    """
+    words = packed.words.unflatten(3, (8, 4)).movedim(3, 1)  # tile g step part t word
+    scales = packed.scales.movedim(2, 1)  # tile g step group weight
+    words, scales = (part.flatten(0, 1)[order].unflatten(0, (-1, 8)) for part in (words, scales))
+    return replace(packed, words=words.movedim(1, 3).flatten(3, 4), scales=scales.movedim(1, 2).contiguous())
+
+
 def arranged(values: Tensor, kind: Kind) -> Tensor:
     """Put inputs into the order in which many rows of x are multiplied: side by side what one shift unpacks.
 

@@ -28,7 +28,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
-from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, start, wait
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, ask, early_options, start, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
 
 
@@ -112,27 +112,6 @@ def unpacked(
     return tl.reshape(values.to(tl.bfloat16), (8 * T, INPUTS))
 
 
-@triton.jit
-def side_by_side(a, b):
-    """Put two matrices of the same rows side by side: [R, K] each -> [R, 2 K]; no element changes its thread."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
-
-
-@triton.jit
-def turn_of(
-    words, scale, T: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, AT: tl.constexpr, SHARED: tl.constexpr,
-    DEVICE: tl.constexpr,
-):  # fmt: skip
-    """Unpack one of the outputs of each word for all 128 inputs: bf16 [8 T, 128]; AT: 0, or BITS for the other."""
-    first = unpacked(words, scale, T, BITS, GROUPS, AT, SHARED, DEVICE)
-    codes = side_by_side(first, unpacked(words, scale, T, BITS, GROUPS, AT + 16, SHARED, DEVICE))
-    if BITS == 4:
-        third = unpacked(words, scale, T, BITS, GROUPS, AT + 8, SHARED, DEVICE)
-        more = side_by_side(third, unpacked(words, scale, T, BITS, GROUPS, AT + 24, SHARED, DEVICE))
-        codes = side_by_side(codes, more)
-    return codes
-
-
 def _name(compiled: Any) -> str:
     """Name a compiled kernel so that a profile tells them apart."""
     c = compiled.constants
@@ -146,13 +125,13 @@ def many_kernel(
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    SHARED: tl.constexpr, WHOLE: tl.constexpr, DEVICE: tl.constexpr,
+    SHARED: tl.constexpr, ASKED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
     BITS: tl.constexpr = 4 if KIND == "w4" else 8
     SPAN: tl.constexpr = 8 * T if PACKED or GATED else 16 * T  # outputs of each of the products
-    INPUTS: tl.constexpr = 8 * BITS if PACKED and not WHOLE else STEP
+    INPUTS: tl.constexpr = 8 * BITS if PACKED else STEP
     STEPS: tl.constexpr = K // STEP
     SPLIT_STEPS: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -174,22 +153,20 @@ def many_kernel(
     last = tl.minimum(first + SPLIT_STEPS, STEPS)
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
+    if PACKED and ASKED > 0:  # one thread asks: its operands are uniform registers, lanes would take turns
+        turns = tl.minimum(ASKED, last - first)
+        for t in tl.static_range(T):
+            its = tl.minimum(block * T + t, TILES - 1) * STEPS + first
+            ask(weight + its * (64 * BITS), turns * (256 * BITS), DEVICE)
+            ask(second + its * (8 * GROUPS), turns * (32 * GROUPS), DEVICE)
     wait(DEVICE)
-    EVEN: tl.constexpr = WHOLE and STEPS % SPLITS == 0  # a number of turns that ptxas knows: it serializes others
-    if EVEN:
-        last = SPLIT_STEPS
-    for turn in tl.range(0 if EVEN else first, last, num_stages=STAGES):
-        step = first + turn if EVEN else turn
+    for step in tl.range(first, last, num_stages=STAGES):
         if PACKED:
             words = tl.load(weights + step * (64 * BITS))
             pairs = tl.load(seconds + step * (8 * GROUPS))
             low = scales_of(pairs, T, GROUPS, False, BF16)
             high = scales_of(pairs, T, GROUPS, True, BF16)
-            if WHOLE:
-                inputs = tl.load(xs + step * STEP)
-                sums = dot(turn_of(words, low, T, BITS, GROUPS, 0, SHARED, DEVICE), inputs, sums, DEVICE)
-                others = dot(turn_of(words, high, T, BITS, GROUPS, BITS, SHARED, DEVICE), inputs, others, DEVICE)
-            for part in tl.static_range(0 if WHOLE else 128 // INPUTS):
+            for part in tl.static_range(128 // INPUTS):
                 inputs = tl.load(xs + (step * STEP + part * INPUTS))
                 codes = unpacked(words, low, T, BITS, GROUPS, part % 2 * 16 + part // 2 * 8, SHARED, DEVICE)
                 sums = dot(codes, inputs, sums, DEVICE)
@@ -299,7 +276,7 @@ def many(
         STAGES=block.stages,
         EPILOGUE=then.epilogue,
         SHARED=how.shared_shifts,
-        WHOLE=how.whole_turns and packed,
+        ASKED=how.turns_asked if early else 0,
         **shared,
         num_warps=block.warps,
         **early,

@@ -140,21 +140,6 @@ def block_rule(weight: Weight, tiles: int = 8, programs: int = PROGRAMS) -> Bloc
     return Block(tiles=tiles, splits=splits, stages=4 if weight.kind == "bf16" else 3, warps=4 * -(-tiles // 8))
 
 
-def even(block: Block, weight: Weight) -> Block:
-    """Give each split the same number of turns, which the compiler then knows.
-
-    Args:
-        block: How a linear of many rows is cut up.
-        weight: The weight.
-
-    Returns:
-        The block with the nearest number of splits of which the turns are a multiple; the smaller of two.
-    """
-    turns = weight.in_features // TURN[weight.kind]
-    divisors = [splits for splits in range(1, turns + 1) if turns % splits == 0]
-    return replace(block, splits=min(divisors, key=lambda splits: abs(splits - block.splits)))
-
-
 def block_candidates(weight: Weight) -> list[Block]:
     """List the blocks worth trying.
 
@@ -171,6 +156,4 @@ def block_candidates(weight: Weight) -> list[Block]:
     found += [replace(start, stages=start.stages + more) for more in (1, -1)]
     if weight.kind == "bf16" and not weight.gated:  # 128 outputs are of one product
         found.append(replace(start, warps=8))
-    elif weight.kind != "bf16":
-        found += [even(block, weight) for block in found]
     return list(dict.fromkeys(found))
