@@ -23,7 +23,7 @@ from s2quant.runtime.fused_weights import FusedStack, PlacedLinear, Places, fast
 
 if TYPE_CHECKING:
     from s2quant.runtime.fast import FrameState
-    from s2quant.runtime.kernels.attention import Layer, Scratch
+    from s2quant.runtime.kernels.attended import Layer, Scratch
     from s2quant.runtime.kernels.choice import Plan
     from s2quant.runtime.kernels.launch import How
     from s2quant.runtime.kernels.weights import Then
@@ -53,7 +53,8 @@ class FusedFrame:
         how: How | None = None,
         prompt_rows: int = 0,
     ) -> None:
-        from s2quant.runtime.kernels.attention import Scratch, num_splits
+        from s2quant.runtime.kernels.attended import Scratch
+        from s2quant.runtime.kernels.attention import num_splits
         from s2quant.runtime.kernels.choice import padded_rows
         from s2quant.runtime.kernels.launch import measured
         from s2quant.runtime.triton_linear import TritonLinear
@@ -194,7 +195,7 @@ class FusedFrame:
         return places.many_place if is_many(rows, self.how) else places.place
 
     def _attention_layer(self, stack: FusedStack, number: int, cache: KVCache, table: Tensor, rows: int) -> Layer:
-        from s2quant.runtime.kernels.attention import Layer
+        from s2quant.runtime.kernels.attended import Layer
 
         layer = stack.layers[number]
         return Layer(
@@ -207,10 +208,11 @@ class FusedFrame:
             place=self._place(layer.out, rows),
         )
 
-    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
+    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then, finished: bool = True) -> None:
         from s2quant.runtime.kernels import choice
 
-        choice.multiply(linear.weight, x, rows, then, self._plan(linear, rows), self.how, parts=self.parts)
+        plan = self._plan(linear, rows)
+        choice.multiply(linear.weight, x, rows, then, plan, self.how, parts=self.parts, finished=finished)
 
     def _plan(self, linear: PlacedLinear, rows: int) -> Plan:
         from s2quant.runtime.kernels.choice import plan_for
@@ -229,6 +231,7 @@ class FusedFrame:
         slots: Tensor | None = None,
     ) -> Tensor:
         """Run one block; float32 [rows, S], the partial sums of squares of the result."""
+        from s2quant.runtime.kernels.attended import Parts
         from s2quant.runtime.kernels.attention import attention
         from s2quant.runtime.kernels.pieces import keep
         from s2quant.runtime.kernels.weights import Then
@@ -237,13 +240,15 @@ class FusedFrame:
         layer, last = stack.layers[number], number == len(stack.layers) - 1
         heads, middle = self.heads[which], self.middle[which]
         then = Then(epilogue="store", out=stack.qkv, squares_in=squares, eps=stack.eps)
-        self._multiply(layer.qkv, self.x, rows, then)
+        adds, qkv = slots is None and self.how.attention_adds, layer.qkv
+        parts = Parts.of(self._plan(qkv, rows), rows, then, qkv.weight.in_features) if adds else None
+        self._multiply(qkv, self.x, rows, then, parts is None)
         for attended, positions, first_row in where:
             if slots is not None:
                 keep(attended, stack.qkv, positions, slots, self.how)
             attention(
                 attended,
-                stack.qkv,
+                stack.qkv if parts is None else self.parts,
                 positions,
                 heads,
                 scratch,
@@ -252,6 +257,7 @@ class FusedFrame:
                 context=sizes[1],
                 how=self.how,
                 slots=slots,
+                parts=parts,
             )
         between = self._squares(1, rows, layer.out)
         then = Then(
@@ -263,13 +269,8 @@ class FusedFrame:
             squares_out=between,
         )
         self._multiply(layer.out, heads, rows, then)
-        then = Then(
-            epilogue="gate",
-            out=middle,
-            place=self._place(layer.gated, rows),
-            squares_in=between,
-            eps=stack.eps,
-        )
+        place = self._place(layer.gated, rows)
+        then = Then(epilogue="gate", out=middle, place=place, squares_in=between, eps=stack.eps)
         self._multiply(layer.pair, self.gate_x, rows, then)
         after = self._squares(0, rows, layer.down)
         then = Then(

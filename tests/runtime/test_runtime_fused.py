@@ -67,7 +67,10 @@ CHECKPOINTS = {
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-@pytest.mark.parametrize(("slots", "off"), [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False})], ids=str)
+FRAMES = [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False}), (24, {"attention_adds": False})]
+
+
+@pytest.mark.parametrize(("slots", "off"), FRAMES, ids=str)
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
 def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
     if INSIDE and "many_rows" in off and checkpoint != "bf16":
@@ -102,8 +105,8 @@ def test_a_dense_model_starts_early_with_many_slots_only(checkpoint, early):
     for batch in (1, 32, 33):
         with pytest.raises(ZeroDivisionError):
             decoder.replay((batch, 16, 32))
-    dense = 7 if early else 0
-    assert seen == [(1, early, 7), (32, early, 7), (33, True, dense)]
+    dense = 16 if early else 0
+    assert seen == [(1, early, 16), (32, early, 16), (33, True, dense)]
 
 
 @torch.inference_mode()

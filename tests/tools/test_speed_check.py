@@ -135,7 +135,6 @@ def test_attention_is_timed_with_other_warps_and_blocks(check):
         if batch > 16:
             for stages in (1, 3):
                 assert ways[f"attention of {stages} stages"] == replace(used, attention_stages=stages) != used
-            assert ways["4 turns asked for"] == replace(used, turns_asked=4) != used
 
 
 def test_bandwidth_counts_what_is_moved():

@@ -121,7 +121,7 @@ class _Listed(FusedFrame):
 
     jobs: dict[Job, None]
 
-    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then) -> None:
+    def _multiply(self, linear: PlacedLinear, x: Tensor, rows: int, then: Then, finished: bool = True) -> None:
         weight = linear.weight
         case = Case(
             name="frame",

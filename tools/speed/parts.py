@@ -267,14 +267,18 @@ def model_of(check: Check, name: str) -> Any:
     return check.models[name]
 
 
-MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches")
+VARIED = (
+    *(("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)),
+    *(("w4a16", 16), ("bf16", 8)),
+)
+MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches", "attention_adds")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
 
 
 def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
-    for name, batch in (("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)):
+    for name, batch in VARIED:
         how, many = for_model(check.how, name, batch), batch > 16
         switches = [key for key, value in vars(how).items() if isinstance(value, bool)]
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
@@ -290,7 +294,6 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
         more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in its}
         if many:  # few rows of 480 positions have a program for each block
             more |= {f"attention of {stages} stages": replace(how, attention_stages=stages) for stages in (1, 3)}
-            more |= {f"{turns} turns asked for": replace(how, turns_asked=turns) for turns in (2, 4, 8, 76)}
         found += [(name, batch, title, way) for title, way in more.items()]
     found = [row for row in found if row[0] in models_of(check)]
     return [row for row in found if re.search(check.options.variants, f"{row[0]} batch {row[1]}, {row[2]}")]

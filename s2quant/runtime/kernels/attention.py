@@ -19,14 +19,14 @@ AR's are written by kernels that may still be at work.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from s2quant.runtime.kernels.attended import Layer, Parts, Scratch, added
+from s2quant.runtime.kernels.finish import MOST_SQUARES, reciprocal
 from s2quant.runtime.kernels.launch import INTERPRETED, How, announce, early_options, start, wait
 from s2quant.runtime.kernels.short import short_kernel
 
@@ -37,14 +37,13 @@ JOINED = 8  # parts that are read at a time
 
 
 @triton.jit
-def _rotated(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """Read heads [R, h], normalise and rotate them."""
-    x = tl.load(at + d[None, :])
-    other = tl.load(at + (d ^ 1)[None, :])
+def _rotated(x, weight, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Normalise and rotate heads [R, h]."""
     if NORM:
         scale = 1 / tl.sqrt(tl.sum(x * x, axis=1) / WIDTH + eps)
         x *= scale[:, None] * weight.to(tl.float32)[None, :]
-        other *= scale[:, None] * swapped.to(tl.float32)[None, :]
+    first, second = tl.split(tl.reshape(x, (x.shape[0], WIDTH // 2, 2)))
+    other = tl.reshape(tl.join(second, first), (x.shape[0], WIDTH))
     cos = cos.to(tl.float32)
     sin = sin.to(tl.float32)
     return x * cos[None, :] + other * tl.where(d % 2 == 0, -sin, sin)[None, :]
@@ -105,10 +104,11 @@ def _joined(
     return sums / weight[:, None]
 
 
-@triton.jit(do_not_specialize=["first_row", "last_position"])
+@triton.jit(do_not_specialize=["first_row", "last_position", "num_rows"])
 def attention_kernel(
-    qkv, q_norm, k_norm, table, positions, slots, keys, values, part_sums, part_stats, arrived, place, out,
-    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
+    qkv, squares_in, q_norm, k_norm, table, positions, slots, keys, values, part_sums, part_stats, arrived, place, out,
+    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale, num_rows, num_squares, product_eps,
+    PARTS: tl.constexpr, INPUTS: tl.constexpr, MOST: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     SPLITS: tl.constexpr, SHORT_: tl.constexpr, MEDIUM_: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
     SINGLE: tl.constexpr, FIRST: tl.constexpr, AHEAD: tl.constexpr, WRITTEN: tl.constexpr, JOINED_: tl.constexpr,
@@ -146,14 +146,10 @@ def attention_kernel(
     cos = tl.load(angles)
     sin = tl.load(angles + 1)
     q_weight = cos
-    q_swapped = cos
     k_weight = cos
-    k_swapped = cos
     if NORM:
         q_weight = tl.load(q_norm + d)
-        q_swapped = tl.load(q_norm + (d ^ 1))
         k_weight = tl.load(k_norm + d)
-        k_swapped = tl.load(k_norm + (d ^ 1))
     if PLACED:
         target = tl.load(place + target)
         if not SINGLE:
@@ -162,13 +158,20 @@ def attention_kernel(
         wait(DEVICE)
     if split < live:
         row = first_row + slot
-        heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
-        q = _rotated(heads + head[:, None] * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM)
+        features = (HEADS + 2 * KV_HEADS) * WIDTH
+        heads = qkv + row * features
         one = tl.zeros((1,), tl.int32) + (HEADS + kv)
-        k = _rotated(heads + one[:, None] * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
-        q = q.to(keys.dtype.element_ty)
-        k = k.to(keys.dtype.element_ty)
-        v = tl.load(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :]).to(keys.dtype.element_ty)
+        q = added(heads + head[:, None] * WIDTH + d[None, :], num_rows * features, PARTS)
+        k = added(heads + one[:, None] * WIDTH + d[None, :], num_rows * features, PARTS)
+        v = added(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :], num_rows * features, PARTS)
+        if PARTS > 1:
+            mean = reciprocal(squares_in, row + tl.arange(0, 1), num_rows, num_squares, product_eps, INPUTS, MOST)
+            q *= mean[:, None]
+            k *= mean[:, None]
+            v *= mean[:, None]
+        q = _rotated(q, q_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        k = _rotated(k, k_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+        v = v.to(keys.dtype.element_ty)
         owner = split == live - 1
         if not WRITTEN:
             here = cached + position * WIDTH + d[None, :] + tl.zeros((1,), tl.int32)[:, None]
@@ -235,85 +238,6 @@ def num_splits(context: int, least: int = 64) -> int:
     return max(most)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scratch:
-    """Where programs leave their parts; the same for all layers.
-
-    Args:
-        sums: float32 [B, KV, S, H/KV, h].
-        stats: float32 [B, KV, S, H/KV, 2].
-        arrived: int32 [B, KV], zeros between launches.
-    """
-
-    sums: Tensor
-    stats: Tensor
-    arrived: Tensor
-
-    @classmethod
-    def make(cls, batch: int, heads: int, kv_heads: int, width: int, splits: int, device: torch.device) -> Scratch:
-        """Allocate it.
-
-        Args:
-            batch: B.
-            heads: H.
-            kv_heads: KV.
-            width: h.
-            splits: S.
-            device: Where.
-
-        Returns:
-            The scratch.
-        """
-        share = heads // kv_heads
-        return cls(
-            sums=torch.zeros(batch, kv_heads, splits, share, width, device=device),
-            stats=torch.zeros(batch, kv_heads, splits, share, 2, device=device),
-            arrived=torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
-        )
-
-    def cut(self, batch: int, splits: int) -> Scratch:
-        """Use it for other numbers of rows and splits, whose product it has room for.
-
-        Args:
-            batch: B.
-            splits: S.
-
-        Returns:
-            Scratch in the same memory.
-        """
-        _, kv_heads, _, share, width = self.sums.shape
-        sizes = (batch, kv_heads, splits, share)
-        count = batch * kv_heads * splits * share
-        return Scratch(
-            sums=self.sums.view(-1)[: count * width].view(*sizes, width),
-            stats=self.stats.view(-1)[: 2 * count].view(*sizes, 2),
-            arrived=self.arrived.view(-1)[: batch * kv_heads].view(batch, kv_heads),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Layer:
-    """One layer's attention.
-
-    Args:
-        keys: bf16 [slots, KV, capacity, h], a view of the cache.
-        values: The same.
-        q_norm: bf16 [h], or None.
-        k_norm: bf16 [h], or None.
-        eps: Of these norms.
-        table: bf16 [P, h/2, 2].
-        place: int32 [H h], where the next linear wants each output; None: in order.
-    """
-
-    keys: Tensor
-    values: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
-    table: Tensor
-    place: Tensor | None
-
-
 def attention(
     layer: Layer,
     qkv: Tensor,
@@ -326,12 +250,13 @@ def attention(
     context: int,
     how: How,
     slots: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> None:
     """Attend from one new position per row, and keep its key and value.
 
     Args:
         layer: The layer.
-        qkv: float32 [rows, (H + 2 KV) h].
+        qkv: float32 [rows, (H + 2 KV) h], or so many parts of it.
         positions: int64 [B], or one element for all rows.
         out: bf16 [rows, H h].
         scratch: For as many splits as the context needs.
@@ -341,6 +266,7 @@ def attention(
         how: How to launch it; with `early` and `loads_first`, positions are those that a kernel not launched early has
             seen written.
         slots: int64 [B], each row's slot, where its key and value are already; None: row i has slot i, as yet without.
+        parts: How qkv is yet to be added up; None: it is.
     """
     kv_heads, width = layer.keys.shape[1], layer.keys.shape[3]
     heads = out.shape[1] // width
@@ -350,7 +276,8 @@ def attention(
     assert layer.keys.stride() == layer.values.stride() and layer.keys.stride(2) == width
     nothing: Any = out
     whole = (
-        *(qkv, nothing if layer.q_norm is None else layer.q_norm, nothing if layer.k_norm is None else layer.k_norm),
+        *(qkv, nothing if parts is None else parts.squares_in),
+        *(nothing if layer.q_norm is None else layer.q_norm, nothing if layer.k_norm is None else layer.k_norm),
         *(layer.table, positions),
     )
     cached = (layer.keys, layer.values)
@@ -358,8 +285,11 @@ def attention(
         *(nothing if layer.place is None else layer.place, out, first_row, context - 1),
         positions.stride(0) if len(positions) > 1 else 0,
         *(layer.keys.stride(0), layer.keys.stride(1), layer.eps, math.log2(math.e) / math.sqrt(width)),
+        *((1, 1, 0.0) if parts is None else (parts.num_rows, parts.squares_in.shape[1], parts.eps)),
     )
     constants = {
+        "PARTS": 1 if parts is None else parts.count, "INPUTS": 1 if parts is None else parts.in_features,
+        "MOST": MOST_SQUARES,
         "HEADS": heads, "KV_HEADS": kv_heads, "WIDTH": width, "NORM": layer.q_norm is not None,
         "PLACED": layer.place is not None, "FIRST": how.loads_first, "DEVICE": not INTERPRETED,
         **early_options(how.early),

@@ -105,6 +105,7 @@ def multiply(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
+    finished: bool = True,
 ) -> None:
     """Multiply as planned, and do what comes after.
 
@@ -118,8 +119,9 @@ def multiply(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for `num_parts` numbers; None: made where it is needed.
+        finished: Whether parts are added up; else whoever reads them does.
     """
     if isinstance(plan, Shape):
         linear(weight, x, num_rows, then, plan, how, launch)
     else:
-        many(weight, x, num_rows, then, plan, how, launch, parts)
+        many(weight, x, num_rows, then, plan, how, launch, parts, finished)

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
-# ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
+# ruff: noqa: ANN201 (what Triton compiles has no types to write down)
 """What all kernels share: starting before the kernel before has ended, and waiting for it."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class How:
         many_rows: Whether products of many rows have a kernel of their own (`s2quant.runtime.kernels.choice`).
         shared_shifts: Whether products of many rows unpack several codes of a word with one shift, to the same numbers;
             used, and measured: 9.33 ms with, 9.59 without in a W4A16 frame at batch 64 on an H100.
-        turns_asked: Turns of 128 inputs whose packed weights a product of many rows asks into L2 before waiting.
+        attention_adds: Whether attention adds up a wqkv product that was split, in place of a launch of its own.
         long_stretches: Whether programs of the attention have longer stretches of the context where rows are many.
         best_first: Whether a draw takes the best 32 candidates at once, not one after the other.
         attention_warps: Warps of the attention over a long context.
@@ -44,7 +44,7 @@ class How:
     """
 
     early: bool = False
-    early_dense: int = 7
+    early_dense: int = 16
     live_rows: bool = True
     holds: bool = True
     loads_first: bool = True
@@ -53,7 +53,7 @@ class How:
     flat: bool = True
     many_rows: bool = True
     shared_shifts: bool = True
-    turns_asked: int = 0
+    attention_adds: bool = True
     long_stretches: bool = True
     best_first: bool = True
     attention_warps: int = 2
@@ -61,9 +61,10 @@ class How:
 
 
 # What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
-# at batch 1, 0.2 of them those of its bf16 products (H200); at 8 rows these cost time. In a bf16 model early starts
-# cost 0.4 ms at batch 1 (H200) and win 0.25 at batch 64 (H100): so they are used there beyond 32 slots, as no number
-# between 1 and 64 was timed. The attention's four warps win 0.04 ms at 64 slots and lose 0.14 at 32 (W4A16, H200).
+# at batch 1, most of it those of its bf16 products; these win 0.27 at batch 8 and lose 0.1 and more from 32 slots on
+# (H200). In a bf16 model early starts cost 0.4 ms at batch 1 (H200) and win 0.25 at batch 64 (H100): so they are used
+# there beyond 32 slots, as no number between 1 and 64 was timed. The attention's four warps win 0.04 ms at 64 slots and
+# lose 0.14 at 32 (W4A16, H200).
 MEASURED = How(early=True)
 MEASURED_MANY = How(early=True, attention_warps=4)
 MEASURED_DENSE = How()
@@ -114,23 +115,6 @@ def begin(DEVICE: tl.constexpr):
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;", "=r,~{memory}", [],
             dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def ask(at, num_bytes, DEVICE: tl.constexpr):
-    """Ask for memory to be brought into L2, a multiple of 16 bytes; nobody waits for it."""
-    if DEVICE:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred one;
-            .reg .b32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 one, thread, 0;
-            setp.gt.and.s32 one, $2, 0, one;
-            @one cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""", "=r,l,r,~{memory}", [at.to(tl.int64), num_bytes], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from s2quant.runtime.kernels.finish import CHUNK, MOST_SQUARES, finish_kernel, put, reciprocal
-from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, ask, early_options, start, wait
+from s2quant.runtime.kernels.launch import INTERPRETED, PATIENT, How, announce, early_options, start, wait
 from s2quant.runtime.kernels.weights import TURN, Block, Then, Weight
 
 
@@ -125,7 +125,7 @@ def many_kernel(
     KIND: tl.constexpr, BF16: tl.constexpr, GROUPS: tl.constexpr, GATED: tl.constexpr, K: tl.constexpr,
     STEP: tl.constexpr, TILES: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PLACED: tl.constexpr, MOST: tl.constexpr,
-    SHARED: tl.constexpr, ASKED: tl.constexpr, DEVICE: tl.constexpr,
+    SHARED: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
     """Compute T tiles of outputs for ROWS rows of x, over a split of the inputs; see the module."""
     PACKED: tl.constexpr = KIND != "bf16"
@@ -153,12 +153,6 @@ def many_kernel(
     last = tl.minimum(first + SPLIT_STEPS, STEPS)
     sums = tl.zeros((SPAN, ROWS), tl.float32)
     others = tl.zeros((SPAN, ROWS), tl.float32)
-    if PACKED and ASKED > 0:  # one thread asks: its operands are uniform registers, lanes would take turns
-        turns = tl.minimum(ASKED, last - first)
-        for t in tl.static_range(T):
-            its = tl.minimum(block * T + t, TILES - 1) * STEPS + first
-            ask(weight + its * (64 * BITS), turns * (256 * BITS), DEVICE)
-            ask(second + its * (8 * GROUPS), turns * (32 * GROUPS), DEVICE)
     wait(DEVICE)
     for step in tl.range(first, last, num_stages=STAGES):
         if PACKED:
@@ -223,6 +217,7 @@ def many(
     how: How = PATIENT,
     launch: bool = True,
     parts: Tensor | None = None,
+    finished: bool = True,
 ) -> None:
     """Multiply, and do what comes after.
 
@@ -236,6 +231,7 @@ def many(
         how: How to launch it.
         launch: Whether to launch it, not only to compile it.
         parts: float32, room for splits M N numbers; None: made here.
+        finished: Whether splits are added up; else they are left in parts, and nothing of `then` is done.
     """
     rows = rows_of(num_rows)
     row_blocks, blocks = -(-num_rows // rows), num_blocks(weight, block)
@@ -276,12 +272,11 @@ def many(
         STAGES=block.stages,
         EPILOGUE=then.epilogue,
         SHARED=how.shared_shifts,
-        ASKED=how.turns_asked if early else 0,
         **shared,
         num_warps=block.warps,
         **early,
     )
-    if block.splits > 1:
+    if block.splits > 1 and finished:
         start(finish_kernel, (num_rows, -(-outputs // CHUNK)), launch)(
             *(parts, *tensors, *sizes),
             CHUNK=CHUNK,

@@ -16,7 +16,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from s2quant.runtime.kernels.attention import Layer
+from s2quant.runtime.kernels.attended import Layer
 from s2quant.runtime.kernels.launch import INTERPRETED, How, begin, early_options, start
 from s2quant.runtime.kernels.short import turned
 
@@ -36,12 +36,10 @@ def keep_kernel(
     cos = tl.load(angles)
     sin = tl.load(angles + 1)
     weight = cos
-    swapped = cos
     if NORM:
         weight = tl.load(k_norm + d)
-        swapped = tl.load(k_norm + (d ^ 1))
     heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
-    k = turned(heads + (HEADS + kv) * WIDTH, weight, swapped, cos, sin, d, eps, WIDTH, NORM)
+    k = turned(tl.load(heads + (HEADS + kv) * WIDTH + d), weight, cos, sin, d, eps, WIDTH, NORM)
     v = tl.load(heads + (HEADS + KV_HEADS + kv) * WIDTH + d)
     there = tl.load(slots + row) * slot_stride + kv * head_stride + position * WIDTH + d
     tl.store(keys + there, k.to(keys.dtype.element_ty))

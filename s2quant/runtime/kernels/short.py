@@ -14,25 +14,27 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
+from s2quant.runtime.kernels.attended import added
+from s2quant.runtime.kernels.finish import reciprocal
 from s2quant.runtime.kernels.launch import announce, wait
 
 
 @triton.jit
-def turned(at, weight, swapped, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """Read a head [h], normalise and rotate it."""
-    x = tl.load(at + d)
-    other = tl.load(at + (d ^ 1))
+def turned(x, weight, cos, sin, d, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """Normalise and rotate a head [h]."""
     if NORM:
         scale = 1 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
         x *= scale * weight.to(tl.float32)
-        other *= scale * swapped.to(tl.float32)
+    first, second = tl.split(tl.reshape(x, (WIDTH // 2, 2)))
+    other = tl.reshape(tl.join(second, first), (WIDTH,))
     return x * cos.to(tl.float32) + other * tl.where(d % 2 == 0, -sin.to(tl.float32), sin.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_position"])
+@triton.jit(do_not_specialize=["first_row", "last_position", "num_rows"])
 def short_kernel(
-    qkv, q_norm, k_norm, table, positions, keys, values, place, out,
-    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale,
+    qkv, squares_in, q_norm, k_norm, table, positions, keys, values, place, out,
+    first_row, last_position, position_stride, slot_stride, head_stride, eps, scale, num_rows, num_squares, product_eps,
+    PARTS: tl.constexpr, INPUTS: tl.constexpr, MOST: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, PLACED: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
@@ -49,31 +51,36 @@ def short_kernel(
     cos = tl.load(angles)
     sin = tl.load(angles + 1)
     q_weight = cos
-    q_swapped = cos
     k_weight = cos
-    k_swapped = cos
     if NORM:
         q_weight = tl.load(q_norm + d)
-        q_swapped = tl.load(q_norm + (d ^ 1))
         k_weight = tl.load(k_norm + d)
-        k_swapped = tl.load(k_norm + (d ^ 1))
     target = head * WIDTH + d
     if PLACED:
         target = tl.load(place + target)
     if FIRST:
         wait(DEVICE)
     row = first_row + slot
-    heads = qkv + row * ((HEADS + 2 * KV_HEADS) * WIDTH)
+    features = (HEADS + 2 * KV_HEADS) * WIDTH
+    heads = qkv + row * features + d
     cached = slot.to(tl.int64) * slot_stride + kv * head_stride
     p = tl.arange(0, BLOCK)
     inside = p < position
     there = cached + p[:, None] * WIDTH + d[None, :]
     seen_k = tl.load(keys + there, inside[:, None], 0.0).to(tl.float32)
     seen_v = tl.load(values + there, inside[:, None], 0.0).to(tl.float32)
-    v = tl.load(heads + (HEADS + KV_HEADS + kv) * WIDTH + d).to(keys.dtype.element_ty)
-    q = turned(heads + head * WIDTH, q_weight, q_swapped, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
-    k = turned(heads + (HEADS + kv) * WIDTH, k_weight, k_swapped, cos, sin, d, eps, WIDTH, NORM)
-    k = k.to(keys.dtype.element_ty)
+    q = added(heads + head * WIDTH, num_rows * features, PARTS)
+    k = added(heads + (HEADS + kv) * WIDTH, num_rows * features, PARTS)
+    v = added(heads + (HEADS + KV_HEADS + kv) * WIDTH, num_rows * features, PARTS)
+    if PARTS > 1:
+        rows = row + tl.arange(0, 1)
+        mean = tl.sum(reciprocal(squares_in, rows, num_rows, num_squares, product_eps, INPUTS, MOST), axis=0)
+        q *= mean
+        k *= mean
+        v *= mean
+    q = turned(q, q_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+    k = turned(k, k_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
+    v = v.to(keys.dtype.element_ty)
     owner = d >= tl.where(head % (HEADS // KV_HEADS) == 0, 0, WIDTH)
     tl.store(keys + cached + position * WIDTH + d, k, owner)
     tl.store(values + cached + position * WIDTH + d, v, owner)
