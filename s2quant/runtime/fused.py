@@ -57,11 +57,9 @@ class FusedFrame:
         from s2quant.runtime.kernels.attention import num_splits
         from s2quant.runtime.kernels.choice import padded_rows
         from s2quant.runtime.kernels.launch import measured
-        from s2quant.runtime.triton_linear import TritonLinear
 
-        is_dense = not any(isinstance(module, TritonLinear) for module in model.modules())
         self.model, self.config = model, model.config
-        self._how_of = (lambda batch: measured(is_dense, batch)) if how is None else lambda batch: how
+        self._how_of = measured if how is None else lambda batch: how
         self.how = self._how_of(1)  # of the frame at hand
         self.residual_size = residual_size
         config, device = model.config.slow, model.slow.embeddings.weight.device

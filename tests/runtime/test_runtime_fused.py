@@ -92,21 +92,19 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
     assert (drawn[:, 2:] < RESIDUAL).all() and (drawn >= 0).all()
 
 
-@pytest.mark.parametrize(("checkpoint", "early"), [("bf16", False), ("4 bits, but a w2, and an 8-bit Fast AR", True)])
-def test_a_dense_model_starts_early_with_many_slots_only(checkpoint, early):
+@pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
+def test_a_frame_is_launched_as_was_fastest_for_so_many_slots(checkpoint):
     from s2quant.runtime.fast import FastDecoder
 
     decoder = FastDecoder(models(CHECKPOINTS[checkpoint])[1], 33, 16, RESIDUAL, graphs=False, fused=True)
     frame = decoder._fused
     assert frame is not None
-    assert (frame.how.early, frame.how.many_rows, frame.how.long_stretches) == (early, True, True)
     seen: list[tuple[int, bool, int]] = []
-    frame._embed = lambda columns, rows: (seen.append((rows, frame.how.early, frame.how.early_dense)), 1 / 0)
+    frame._embed = lambda columns, rows: (seen.append((rows, frame.how.early, frame.how.attention_warps)), 1 / 0)
     for batch in (1, 32, 33):
         with pytest.raises(ZeroDivisionError):
             decoder.replay((batch, 16, 32))
-    dense = 16 if early else 0
-    assert seen == [(1, early, 16), (32, early, 16), (33, True, dense)]
+    assert seen == [(1, True, 2), (32, True, 2), (33, True, 4)]
 
 
 @torch.inference_mode()
@@ -172,5 +170,7 @@ if not INSIDE:
         test_prompts_by_the_frame_s_kernels_are_the_whole_prompt_s
     )
     test_prompts_in_padded_pieces_are_the_whole_prompt_s = NEEDED(test_prompts_in_padded_pieces_are_the_whole_prompt_s)
-    test_a_dense_model_starts_early_with_many_slots_only = NEEDED(test_a_dense_model_starts_early_with_many_slots_only)
+    test_a_frame_is_launched_as_was_fastest_for_so_many_slots = NEEDED(
+        test_a_frame_is_launched_as_was_fastest_for_so_many_slots
+    )
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

@@ -53,13 +53,13 @@ def test_a_failure_is_kept_beside_what_was_known(check):
 
 
 def test_variants_leave_out_one_thing_each(check):
-    from tools.speed.check import for_model
+    from tools.speed.check import for_slots
     from tools.speed.parts import variants_of
 
     listed = variants_of(check)
     for job in {row[:2] for row in listed}:
         ways = {way: how for *its, way, how in listed if tuple(its) == job}
-        assert len(set(ways.values())) == len(ways) and ways["as used"] == for_model(check.how, *job)
+        assert len(set(ways.values())) == len(ways) and ways["as used"] == for_slots(check.how, job[1])
         assert ("without flat" in ways) == ("without many_rows" not in ways) == (job[1] <= 16)
         if "without many_rows" in ways:
             assert not ways["without many_rows"].many_rows and ways["without many_rows"].long_stretches

@@ -22,9 +22,9 @@ WHOLE_S = 360
 PARTS = tuple(SHARES)
 
 
-def for_model(how: Any, name: str, batch: int) -> Any:
-    """Launch as a model's frames are launched: what differs by its kind and the number of slots, differs here, too."""
-    its = measured(name == "bf16", batch)
+def for_slots(how: Any, batch: int) -> Any:
+    """Launch as frames are launched: what differs by the number of slots, differs here, too."""
+    its = measured(batch)
     return replace(how, **{key: value for key, value in vars(its).items() if value != getattr(MEASURED, key)})
 
 

@@ -22,7 +22,7 @@ from s2quant.runtime.kernels.linear import columns_for
 from s2quant.runtime.kernels.many import rows_of
 from s2quant.runtime.kernels.weights import Block
 from tools.speed import frames, linears, others, settle
-from tools.speed.check import Check, as_first, for_model
+from tools.speed.check import Check, as_first, for_slots
 from tools.speed.timing import bandwidth, card_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,12 +81,12 @@ def compile_part(check: Check) -> None:
     for name in models_of(check):
         batches = {"w4a16": (1, 3, 8, 32, 64), "bf16": (1, 3, 8, 32, 64)}.get(name, (1, 64))
         for batch in batches:
-            wanted += frames.listed(model_of(check, name), batch, *sizes, for_model(check.how, name, batch))
+            wanted += frames.listed(model_of(check, name), batch, *sizes, for_slots(check.how, batch))
     for name, batch, _, how in variants_of(check):
         wanted += frames.listed(model_of(check, name), batch, *sizes, how)
     if "settle" in check.options.only:  # ways that an earlier run has timed; those of this one are compiled by then
         for name, batch in settled(check):
-            how = for_model(check.how, name, batch)
+            how = for_slots(check.how, batch)
             wanted += settle.jobs_of(listed_jobs(check, name, batch), check.facts.get("tune", []), how)
     for case in cases:  # what the part "linears" compares many rows with
         for rows in (32, 64):
@@ -101,7 +101,7 @@ def compile_part(check: Check) -> None:
 def listed_jobs(check: Check, name: str, batch: int) -> list[linears.Job]:
     """List the linears of a frame, as it is launched."""
     position, residual = 480 if check.big else 40, min(1024, config_of(check.size).codebook_size)
-    return frames.listed(model_of(check, name), batch, position, residual, for_model(check.how, name, batch))
+    return frames.listed(model_of(check, name), batch, position, residual, for_slots(check.how, batch))
 
 
 def what_differs(rows: int, how: Any) -> tuple[Any, ...]:
@@ -190,7 +190,7 @@ def settle_part(check: Check) -> None:
     named = {f"{name} batch {batch}": (name, batch) for name, batch in settled(check)}
     for title, found in check.items("settle", list(named)):
         name, batch = named[title]
-        model, how = model_of(check, name), for_model(check.how, name, batch)
+        model, how = model_of(check, name), for_slots(check.how, batch)
         row: dict[str, Any] = {"model": name, "batch": batch}
 
         def milliseconds() -> float:
@@ -269,7 +269,7 @@ def model_of(check: Check, name: str) -> Any:
 
 VARIED = (
     *(("w4a16", 1), ("w4a16", 64), ("bf16", 1), ("bf16", 64), ("w4a16", 8), ("w4a16", 32)),
-    *(("w4a16", 16), ("bf16", 8)),
+    *(("w4a16", 16), ("bf16", 8), ("bf16", 16), ("bf16", 32)),
 )
 MANY_ONLY = ("many_rows", "shared_shifts", "long_stretches", "attention_adds")
 MANY_WAYS = (*MANY_ONLY, "early")  # what counts at many rows
@@ -279,15 +279,15 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
     """List frames and ways to launch them: as they are, each part the other way round, and as at first."""
     found = []
     for name, batch in VARIED:
-        how, many = for_model(check.how, name, batch), batch > 16
+        how, many = for_slots(check.how, batch), batch > 16
         switches = [key for key, value in vars(how).items() if isinstance(value, bool)]
         chosen = [key for key in switches if (key in MANY_WAYS if many else key not in MANY_ONLY)]
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
         more |= dict(switched(how, key) for key in chosen)
         more = {title: way for title, way in more.items() if title not in check.wrong_ways}
         if how.early:  # the Fast AR begins with two tokens a row
-            rows = 0 if batch <= how.early_dense else 2 * batch
-            more[f"bf16 products early up to {rows} rows"] = replace(how, early_dense=rows)
+            its = sorted({0, batch, 2 * batch} - {how.early_dense})
+            more |= {f"bf16 products early up to {rows} rows": replace(how, early_dense=rows) for rows in its}
         else:
             more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
         its = [warps for warps in (1, 2, 4, 8)[many:] if warps != how.attention_warps]
@@ -312,7 +312,7 @@ def frames_part(check: Check) -> None:
         name, batch, fused = named[title]
         model = model_of(check, name)
         row: dict[str, Any] = {"model": name, "batch": batch}
-        how = for_model(check.how, name, batch)
+        how = for_slots(check.how, batch)
         check.tried(row, lambda: frames.frame_times(model, batch, position, residual, fused, how))  # noqa: B023
         found.append(row)
         check.say(str({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))

@@ -44,7 +44,7 @@ class How:
     """
 
     early: bool = False
-    early_dense: int = 16
+    early_dense: int = 8
     live_rows: bool = True
     holds: bool = True
     loads_first: bool = True
@@ -60,30 +60,24 @@ class How:
     attention_stages: int = 2
 
 
-# What is used, as measured (reports/2026-11-26-batches, -h100 and -targets). Early starts win 0.35 ms of a W4A16 frame
-# at batch 1, most of it those of its bf16 products; these win 0.27 at batch 8 and lose 0.1 and more from 32 slots on
-# (H200). In a bf16 model early starts cost 0.4 ms at batch 1 (H200) and win 0.25 at batch 64 (H100): so they are used
-# there beyond 32 slots, as no number between 1 and 64 was timed. The attention's four warps win 0.04 ms at 64 slots and
-# lose 0.14 at 32 (W4A16, H200).
+# What is used, as measured in whole frames on an H200 (reports/2026-11-27-frames). Early starts win 0.3 to 0.6 ms, most
+# of it those of bf16 products of up to 8 rows; with 16 rows and more these lose up to 1.3. The attention's four warps
+# win 0.04 ms at 64 slots and lose 0.14 at 32.
 MEASURED = How(early=True)
 MEASURED_MANY = How(early=True, attention_warps=4)
-MEASURED_DENSE = How()
-MEASURED_DENSE_MANY = How(early=True, early_dense=0, attention_warps=4)
-FEW_SLOTS = 32  # up to which kernels of a bf16 model wait, and the attention has two warps
+FEW_SLOTS = 32  # up to which the attention has two warps
 
 
-def measured(dense: bool, num_slots: int) -> How:
+def measured(num_slots: int) -> How:
     """Say how a frame's kernels are launched.
 
     Args:
-        dense: Whether no weight of the model is packed.
         num_slots: Slots of the frame.
 
     Returns:
-        What was fastest.
+        What was fastest, for packed models and others alike.
     """
-    few, many = (MEASURED_DENSE, MEASURED_DENSE_MANY) if dense else (MEASURED, MEASURED_MANY)
-    return few if num_slots <= FEW_SLOTS else many
+    return MEASURED if num_slots <= FEW_SLOTS else MEASURED_MANY
 
 
 PATIENT = How()  # for a single launch: nothing before it is known to begin early
