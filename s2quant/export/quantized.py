@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
+from s2quant.quantize.gptq import check_gptqmodel
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.store import StageStore
@@ -117,7 +119,11 @@ def quantize_checkpoint(
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
-    model_sha256 = exchange.agree(folder_hashes(options.model) if exchange.is_first else {})
+    with ThreadPoolExecutor(1) as pool:  # in C, side by side with an import of seconds
+        hashes = pool.submit(folder_hashes, options.model) if exchange.is_first else None
+        if not finished and any(module.settings and module.settings.method == "gptq" for module in plan.modules):
+            check_gptqmodel()
+    model_sha256 = exchange.agree({} if hashes is None else hashes.result())
     identity = _identity(recipe, model_sha256, lines, device, options)
     if finished:
         return _finished_records(options.out, identity, exchange)

@@ -247,6 +247,15 @@ def _refuse(name: str, reason: str) -> None:
     )
 
 
+def check_gptqmodel() -> None:
+    """Import gptqmodel, which takes seconds, so that what is wrong with it is said before hours of work.
+
+    Raises:
+        UserError: It is not installed, or of another version.
+    """
+    _import_gptqmodel()
+
+
 def _import_gptqmodel() -> tuple[Any, Any]:
     """Import gptqmodel's GPTQ and QuantizeConfig without its banner.
 

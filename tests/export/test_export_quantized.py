@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -346,6 +347,16 @@ def test_input_that_fails_before_anything_is_finished_leaves_nothing(tiny_folder
     with pytest.raises(UserError, match=r"text_model\.model\.norm has 128 NaN"):
         quantize_checkpoint(options(model, tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_gptqmodel_that_cannot_be_used_is_said_before_any_speech(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, phases = importlib.metadata.version, []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "7.7.0" if name == "gptqmodel" else version(name))
+    with pytest.raises(UserError, match=r"gptqmodel 7.7.0\nexpected: gptqmodel 7.6"):
+        quantize_checkpoint(options(tiny_folder, tmp_path), lambda phase, done, total: phases.append(phase))
+    assert phases == ["hashing the model"] and list(tmp_path.iterdir()) == []
 
 
 def test_calibration_draws_no_code_that_the_codec_lacks(tiny_folder: Path, tmp_path: Path) -> None:
