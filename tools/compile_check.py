@@ -125,6 +125,7 @@ def main() -> int:
     from s2quant.runtime import fused_weights, triton_linear
     from s2quant.runtime.fast import FastDecoder
     from s2quant.runtime.fused import FusedFrame
+    from s2quant.runtime.kernels.launch import measured
     from s2quant.runtime.prompt_graphs import KERNEL_PIECE
     from tools.speed import frames
 
@@ -144,7 +145,7 @@ def main() -> int:
             decoder = FastDecoder(model, batch, 1024, 1024, graphs=False, fused=True)
             assert decoder.fused_obstacle is None and decoder._fused is not None, decoder.fused_obstacle
             if options.switch:
-                how = decoder._fused.how
+                how = measured(batch)
                 how = replace(how, **dict(switched(how, word) for word in options.switch.split(",")))
                 decoder._fused = FusedFrame(model, batch, 1024, decoder.max_positions, how)
             for context in (512, 1024):

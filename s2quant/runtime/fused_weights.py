@@ -179,7 +179,7 @@ class FusedStack:
         norm: [D], weight of the last norm.
         eps: Of the norms.
         hidden: float32 [rows, D], the hidden vectors, written in place.
-        qkv: float32 [rows, (H + 2 KV heads) h], what attention reads.
+        qkv: float32 [rows, (H + 2 KV heads) h], what attention reads where the product is whole.
     """
 
     layers: list[FusedLayer]

@@ -60,18 +60,24 @@ def models(bits_of, num_layers=1):
 
 CHECKPOINTS = {
     "bf16": lambda name: None,
-    "4 bits, but a w2, and an 8-bit Fast AR": lambda name: (
-        8 if name.startswith("fast") else None if name.endswith("1.feed_forward.w2") else 4
+    "4 bits, and an 8-bit Fast AR": lambda name: 8 if name.startswith("fast") else 4,
+}
+MIXED = {  # a packed pair writes for a dense w2, a dense pair for a packed one
+    "4 bits but w2, and a Fast AR with an 8-bit w2": lambda name: (
+        (8 if name.endswith("w2") else None) if name.startswith("fast") else None if name.endswith("w2") else 4
     ),
 }
 
 
 # 24 slots are many rows; 12 are few, but the two tokens of each that begin the Fast AR are many
-FRAMES = [(1, {}), (12, {}), (24, {}), (24, {"many_rows": False}), (24, {"attention_adds": False})]
+FRAMES = [
+    *((checkpoint, *row) for checkpoint in CHECKPOINTS for row in ((1, {}), (12, {}), (24, {}))),
+    *((checkpoint, 24, {}) for checkpoint in MIXED),
+    *((checkpoint, 24, {"many_rows": False}) for checkpoint in CHECKPOINTS),
+]
 
 
-@pytest.mark.parametrize(("slots", "off"), FRAMES, ids=str)
-@pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
+@pytest.mark.parametrize(("checkpoint", "slots", "off"), FRAMES, ids=str)
 def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
     if INSIDE and "many_rows" in off and checkpoint != "bf16":
         pytest.skip("a minute in the interpreter; packed products of 17 rows: test_runtime_kernels.py")
@@ -81,7 +87,7 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
 
     how = replace(MEASURED, **off) if off else None  # None: as the decoder launches by itself
     monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)  # so that the inputs of so small a model are split too
-    plain, packed = models(CHECKPOINTS[checkpoint])
+    plain, packed = models((CHECKPOINTS | MIXED)[checkpoint])
     tokens = frames.forced_tokens(plain.config, 6, 1)
     logits, hidden = frames.plain_logits(plain, tokens, 6)
     fused, drawn, last = frames.fused_logits(packed, tokens, 6, RESIDUAL, slots, how)
@@ -90,6 +96,36 @@ def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
         assert torch.isfinite(ours).all() and ours.shape == theirs.shape
         assert float((ours - theirs).norm() / theirs.norm()) < 0.03
     assert (drawn[:, 2:] < RESIDUAL).all() and (drawn >= 0).all()
+
+
+def test_attention_that_adds_parts_up_draws_the_same_frames(monkeypatch):
+    """The same bits, but on a GPU, where layouts decide in which order squares are added up."""
+    from s2quant.runtime.kernels import shapes
+    from s2quant.runtime.kernels.attended import Parts
+    from s2quant.runtime.kernels.launch import MEASURED
+    from tools.speed import frames
+
+    counts: list[int] = []
+    made = Parts.of.__func__
+
+    def of(cls, *values):
+        parts = made(cls, *values)
+        counts.append(0 if parts is None else parts.count)
+        return parts
+
+    monkeypatch.setattr(Parts, "of", classmethod(of))
+    monkeypatch.setitem(shapes.LEAST_STEPS, "bf16", 1)
+    model = models(CHECKPOINTS["bf16"])[1]
+    tokens = frames.forced_tokens(model.config, 6, 1)
+    found = [
+        frames.fused_logits(model, tokens, 6, RESIDUAL, 20, replace(MEASURED, attention_adds=adds))
+        for adds in (True, False)
+    ]
+    assert counts and set(counts) == {2}
+    for ours, theirs in zip(*found, strict=True):
+        if INSIDE:
+            assert torch.equal(ours, theirs)
+        assert float((ours.float() - theirs.float()).norm()) <= 0.01 * float(theirs.float().norm())
 
 
 @pytest.mark.parametrize("checkpoint", list(CHECKPOINTS))
@@ -172,5 +208,8 @@ if not INSIDE:
     test_prompts_in_padded_pieces_are_the_whole_prompt_s = NEEDED(test_prompts_in_padded_pieces_are_the_whole_prompt_s)
     test_a_frame_is_launched_as_was_fastest_for_so_many_slots = NEEDED(
         test_a_frame_is_launched_as_was_fastest_for_so_many_slots
+    )
+    test_attention_that_adds_parts_up_draws_the_same_frames = NEEDED(
+        test_attention_that_adds_parts_up_draws_the_same_frames
     )
     test_frames_are_the_plain_decoder_s = NEEDED(test_frames_are_the_plain_decoder_s)

@@ -178,7 +178,8 @@ def test_a_residual_prepares_the_next_norm(kind, warps, off):
     ],
 )
 def test_attention_over_what_is_live(norm, positions, capacity, flat):
-    from s2quant.runtime.kernels.attention import Layer, Scratch, attention, num_splits
+    from s2quant.runtime.kernels.attended import Layer, Scratch
+    from s2quant.runtime.kernels.attention import attention, num_splits
 
     heads, kv_heads, width, batch = 4, 2, 32, len(positions)
     qkv = randn(batch, (heads + 2 * kv_heads) * width)
@@ -212,6 +213,48 @@ def test_attention_over_what_is_live(norm, positions, capacity, flat):
         torch.testing.assert_close(mine.cpu().float(), theirs.float(), atol=0.02, rtol=0.01)
         assert torch.equal(mine[batch].cpu(), theirs[batch])
     assert not scratch.arrived.any()
+
+
+@kernel
+@pytest.mark.parametrize(
+    ("positions", "capacity", "flat"), [([64, 200, 130], 256, True), ([0, 9, 15], 16, True), ([0, 9, 15], 16, False)]
+)
+@pytest.mark.parametrize("num_squares", [1, 40])
+def test_attention_adds_up_what_a_product_left(positions, capacity, flat, num_squares):
+    """Five parts of more rows than are attended from, against their sum, scaled, in one piece."""
+    from s2quant.runtime.kernels.attended import Layer, Parts, Scratch
+    from s2quant.runtime.kernels.attention import attention, num_splits
+
+    heads, kv_heads, width, batch, first_row = 4, 2, 32, len(positions), 2
+    features, rows, count, eps = (heads + 2 * kv_heads) * width, batch + first_row, 5, 1e-5
+    parts, squares = randn(count, rows, features), 50 * torch.rand(rows, num_squares)
+    whole = torch.zeros(rows, features)
+    for part in parts:
+        whole += part
+    whole *= (squares.sum(1) / 96 + eps).rsqrt()[:, None]
+    norms = [randn(width, seed=n).bfloat16().to(DEVICE) for n in (3, 4)]
+    found = []
+    for qkv, left in (
+        (whole, None),
+        (parts, Parts(count=count, num_rows=rows, squares_in=squares.to(DEVICE), eps=eps, in_features=96)),
+    ):
+        keys, values = (randn(batch, kv_heads, capacity, width, seed=n).bfloat16().to(DEVICE) for n in (1, 2))
+        layer = Layer(
+            keys=keys, values=values, eps=1e-6, table=rotary_table(capacity, width, 1e6).to(DEVICE), place=None,
+            q_norm=norms[0], k_norm=norms[1],
+        )  # fmt: skip
+        out = poisoned(rows, heads * width, dtype=torch.bfloat16)
+        scratch = Scratch.make(batch, heads, kv_heads, width, num_splits(capacity), torch.device(DEVICE))
+        attention(
+            layer, qkv.to(DEVICE), torch.tensor(positions).to(DEVICE), out, scratch, batch=batch, first_row=first_row,
+            context=capacity, how=how_of(flat=flat), parts=left,
+        )  # fmt: skip
+        assert torch.isnan(out[:first_row]).all()
+        found.append([out[first_row:], keys, values])
+    for ours, theirs in zip(*found, strict=True):
+        assert relative(ours, theirs) < 4e-3
+    untouched = randn(batch, kv_heads, capacity, width, seed=1).bfloat16().to(DEVICE)
+    assert all(not torch.equal(found[1][1][n], untouched[n]) for n in range(batch))
 
 
 @kernel

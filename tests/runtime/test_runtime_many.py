@@ -114,7 +114,6 @@ def test_scales_of_bfloat16(kind):
 
 def matrix_with(weight, scales):
     """Read a packed weight back with other scales."""
-
     from s2quant.runtime.kernels.layout import Packed
 
     return matrix_of(

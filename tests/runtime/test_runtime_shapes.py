@@ -119,15 +119,16 @@ def test_what_a_program_holds_fits_beside_its_sums(kind):
 @pytest.mark.parametrize("batch", [1, 64])
 def test_attention_is_launched_with_the_warps_and_blocks_that_are_asked_for(batch, monkeypatch):
     from s2quant.runtime.kernels import attention as module
+    from s2quant.runtime.kernels.attended import Layer, Scratch
     from s2quant.runtime.kernels.launch import How
 
     launched = []
     monkeypatch.setattr(module, "start", lambda kernel, grid: lambda *values, **options: launched.append(options))
     cached = torch.empty(batch, 8, 512, 128, dtype=torch.bfloat16)
-    layer = module.Layer(
+    layer = Layer(
         keys=cached, values=cached, q_norm=None, k_norm=None, eps=1e-6, table=torch.empty(512, 64, 2), place=None
     )
-    scratch = module.Scratch.make(batch, 32, 8, 128, 8, torch.device("cpu"))
+    scratch = Scratch.make(batch, 32, 8, 128, 8, torch.device("cpu"))
     for how in (How(), How(attention_warps=4, attention_stages=3)):
         module.attention(
             layer, torch.empty(batch, 48 * 128), torch.zeros(batch, dtype=torch.int64),

@@ -120,7 +120,7 @@ def test_first_ways_leave_out_all_that_came_later(check):
     assert first.early and not (
         first.many_rows or first.long_stretches or first.flat or first.live_rows or first.loads_first or first.narrow
     )
-    assert not first.holds and (first.attention_warps, first.attention_stages) == (4, 3)
+    assert not (first.holds or first.attention_adds) and (first.attention_warps, first.attention_stages) == (4, 3)
 
 
 def test_attention_is_timed_with_other_warps_and_blocks(check):

@@ -121,7 +121,7 @@ def then_for(case: Case, weight: Weight, rows: int, plan: Plan, device: torch.de
     poison = float("nan")
     kind = torch.float32 if case.epilogue == "store" else torch.bfloat16
     scaled, squares = case.epilogue != "residual", case.num_squares
-    in_order = case.epilogue == "store" or (case.gated and isinstance(plan, Block))
+    in_order = case.epilogue == "store" or (case.gated and case.kind != "bf16" and isinstance(plan, Block))
     return Then(
         epilogue=case.epilogue,
         out=torch.full((rows, outputs), poison, dtype=kind, device=device),

@@ -285,13 +285,11 @@ def variants_of(check: Check) -> list[tuple[str, int, str, Any]]:
         more: dict[str, Any] = {"as used": how} if many else {"as used": how, "as first": as_first(how)}
         more |= dict(switched(how, key) for key in chosen)
         more = {title: way for title, way in more.items() if title not in check.wrong_ways}
-        if how.early:  # the Fast AR begins with two tokens a row
-            its = sorted({0, batch, 2 * batch} - {how.early_dense})
-            more |= {f"bf16 products early up to {rows} rows": replace(how, early_dense=rows) for rows in its}
-        else:
-            more["with early but for bf16 products"] = replace(how, early=True, early_dense=0)
-        its = [warps for warps in (1, 2, 4, 8)[many:] if warps != how.attention_warps]
-        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in its}
+        limits = {batch, 2 * batch} - {how.early_dense}  # the Fast AR begins with two tokens a row
+        limits |= {0} if batch <= how.early_dense else set()
+        more |= {f"bf16 products early up to {rows} rows": replace(how, early_dense=rows) for rows in sorted(limits)}
+        numbers = [warps for warps in (1, 2, 4, 8)[many:] if warps != how.attention_warps]
+        more |= {f"attention of {warps} warps": replace(how, attention_warps=warps) for warps in numbers}
         if many:  # few rows of 480 positions have a program for each block
             more |= {f"attention of {stages} stages": replace(how, attention_stages=stages) for stages in (1, 3)}
         found += [(name, batch, title, way) for title, way in more.items()]
@@ -353,6 +351,8 @@ def exact_part(check: Check) -> None:
         ),
         "graph_w4a16": lambda: replayed("w4a16", 8 if check.big else 2),
         "graph_bf16": lambda: replayed("bf16", 3),
+        "graph_w4a16_many": lambda: replayed("w4a16", many),
+        "graph_bf16_many": lambda: replayed("bf16", many),
     }
     for name, found in check.items("exact", list(parts)):
         found.append(check.tried({"check": name}, parts[name]))
@@ -369,7 +369,7 @@ def profile_part(check: Check) -> None:
     }
     for title, found in check.items("profile", list(jobs)):
         name, batch = jobs[title]
-        how = replace(check.how, early=False)  # a kernel that starts early is on the clock while it waits
+        how = replace(for_slots(check.how, batch), early=False)  # what starts early is on the clock while it waits
         table = frames.profiled(model_of(check, name), batch, how)
         found.append({"frame": title, "kernels": table})
         check.say(f"{title}: kernel, launches per frame, us per frame")

@@ -11,6 +11,8 @@ stretches are longer (`least_stretch`), because a program takes its time before 
 program that holds the new position writes it into the cache. The last one to finish, whichever it is, joins the parts,
 eight at a time, in the same order every time.
 
+Where the wqkv product is in parts still (`attended.Parts`), a program adds up and scales those of its heads.
+
 What no kernel of the frame changes before its last is read before waiting for the kernel before: norms, orders, and the
 position with its rotary row; of a long context the first keys and values too, which older frames have written. The Fast
 AR's are written by kernels that may still be at work.
@@ -165,10 +167,10 @@ def attention_kernel(
         k = added(heads + one[:, None] * WIDTH + d[None, :], num_rows * features, PARTS)
         v = added(heads + (one + KV_HEADS)[:, None] * WIDTH + d[None, :], num_rows * features, PARTS)
         if PARTS > 1:
-            mean = reciprocal(squares_in, row + tl.arange(0, 1), num_rows, num_squares, product_eps, INPUTS, MOST)
-            q *= mean[:, None]
-            k *= mean[:, None]
-            v *= mean[:, None]
+            factor = reciprocal(squares_in, row + tl.arange(0, 1), num_rows, num_squares, product_eps, INPUTS, MOST)
+            q *= factor[:, None]
+            k *= factor[:, None]
+            v *= factor[:, None]
         q = _rotated(q, q_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
         k = _rotated(k, k_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
         v = v.to(keys.dtype.element_ty)
@@ -256,7 +258,7 @@ def attention(
 
     Args:
         layer: The layer.
-        qkv: float32 [rows, (H + 2 KV) h], or so many parts of it.
+        qkv: float32 [rows, (H + 2 KV) h]; with parts, flat: count rows (H + 2 KV) h.
         positions: int64 [B], or one element for all rows.
         out: bf16 [rows, H h].
         scratch: For as many splits as the context needs.

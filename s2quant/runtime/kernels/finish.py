@@ -5,6 +5,7 @@
 Legend: M rows of x, N outputs, S splits.
 
 Parts are added up by a second launch, `finish_kernel`: one program per row and CHUNK outputs, always in the same order.
+Those that attention reads it adds up itself, in that order (`s2quant.runtime.kernels.attended`).
 """
 
 from __future__ import annotations

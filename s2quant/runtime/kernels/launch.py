@@ -60,9 +60,9 @@ class How:
     attention_stages: int = 2
 
 
-# What is used, as measured in whole frames on an H200 (reports/2026-11-27-frames). Early starts win 0.3 to 0.6 ms, most
-# of it those of bf16 products of up to 8 rows; with 16 rows and more these lose up to 1.3. The attention's four warps
-# win 0.04 ms at 64 slots and lose 0.14 at 32.
+# What is used, as measured in whole frames on an H200 (reports/2026-11-27-frames). Early starts win 0.1 to 0.75 ms,
+# most of it those of bf16 products of up to 8 rows; with 16 rows and more these lose up to 1.3. The attention's four
+# warps win 0.05 ms at 64 slots and lose 0.11 at 32.
 MEASURED = How(early=True)
 MEASURED_MANY = How(early=True, attention_warps=4)
 FEW_SLOTS = 32  # up to which the attention has two warps

@@ -15,7 +15,8 @@ element changes its thread. Each of these products wants its inputs of x side by
 which whoever makes x has to write them.
 
 What follows a product is what follows it in the kernel of few rows. Where there are too few blocks of outputs to keep a
-GPU busy, the inputs are split too, and a second launch adds the parts up (`s2quant.runtime.kernels.finish`).
+GPU busy, the inputs are split too, and a second launch adds the parts up (`s2quant.runtime.kernels.finish`), or
+attention does.
 """
 
 from __future__ import annotations
@@ -241,6 +242,7 @@ def many(
     second = weight.first if weight.second is None else weight.second
     packed = weight.kind != "bf16"
     if block.splits > 1:
+        assert finished or parts is not None, "parts that nobody reads"
         size = block.splits * num_rows * outputs
         parts = torch.empty(size, device=x.device) if parts is None else parts
         assert parts.numel() >= size and parts.dtype == torch.float32, (parts.shape, size)

@@ -4,9 +4,9 @@
 
 Legend: H query heads, KV key/value heads, h head width.
 
-A warp has one row and one query head, reads the whole context at once, and meets nobody. Order of what it reads before
-and after waiting for the kernel before: as in `attention_kernel`, but for keys and values, which a kernel that is still
-at work may have written.
+A warp has one row and one query head, adds up its parts of wqkv's product where they are left to it, reads the whole
+context at once, and meets nobody. Order of what it reads before and after waiting for the kernel before: as in
+`attention_kernel`, but for keys and values, which a kernel that is still at work may have written.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def short_kernel(
     v = added(heads + (HEADS + KV_HEADS + kv) * WIDTH, num_rows * features, PARTS)
     if PARTS > 1:
         rows = row + tl.arange(0, 1)
-        mean = tl.sum(reciprocal(squares_in, rows, num_rows, num_squares, product_eps, INPUTS, MOST), axis=0)
-        q *= mean
-        k *= mean
-        v *= mean
+        factor = tl.sum(reciprocal(squares_in, rows, num_rows, num_squares, product_eps, INPUTS, MOST), axis=0)
+        q *= factor
+        k *= factor
+        v *= factor
     q = turned(q, q_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
     k = turned(k, k_weight, cos, sin, d, eps, WIDTH, NORM).to(keys.dtype.element_ty)
     v = v.to(keys.dtype.element_ty)
