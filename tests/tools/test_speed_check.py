@@ -18,7 +18,7 @@ def check(tmp_path):
 
     options = argparse.Namespace(
         out=tmp_path, only=list(PARTS), size="tiny", device="cpu", seconds=100.0, how="best", go_on=False, preload=[],
-        variants="", models="",
+        variants="", models="", cases="",
     )  # fmt: skip
     return Check(options)
 
@@ -135,6 +135,36 @@ def test_attention_is_timed_with_other_warps_and_blocks(check):
         if batch > 16:
             for stages in (1, 3):
                 assert ways[f"attention of {stages} stages"] == replace(used, attention_stages=stages) != used
+
+
+def test_only_the_cases_that_are_asked_for_are_tuned(check, monkeypatch):
+    from s2quant.runtime.kernels import shapes
+    from tools.speed import linears
+    from tools.speed.parts import tune_part
+
+    seen = []
+
+    def tune(case, rows, *_):
+        seen.append((case.kind, case.name, rows))
+        raise RuntimeError("seen")
+
+    for tables in ("TUNED", "TUNED_MANY"):
+        monkeypatch.setattr(shapes, tables, dict(getattr(shapes, tables)))
+    monkeypatch.setattr(linears, "tune", tune)
+    check.facts["device"] = "none"
+    tune_part(check)
+    every = list(seen)
+    seen.clear()
+    check.options.cases = r"w4 w1.w3 M=1$"
+    tune_part(check)
+    assert seen == [("w4", "w1+w3", 1)] and set(seen) < set(every)
+
+
+def test_a_switch_of_the_compile_check_is_turned_or_given_a_number(check):
+    from tools.compile_check import switched
+
+    assert switched(check.how, "early") == ("early", not check.how.early)
+    assert switched(check.how, "attention_warps=4") == ("attention_warps", 4)
 
 
 def test_bandwidth_counts_what_is_moved():

@@ -1,5 +1,5 @@
 """How linears are best cut up on a Hopper GPU: by `tools/speed_check.py`, part "tune", on NVIDIA H200,
-and some by part "settle", in whole frames, on NVIDIA H100 80GB HBM3.
+and some by part "settle", in whole frames, on that or on NVIDIA H100 80GB HBM3.
 
 Keys: kind, outputs, inputs, gated, groups of 8 rows. Values: warps, tiles, depth, columns. Others go by rule.
 """
