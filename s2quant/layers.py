@@ -64,7 +64,19 @@ class FeedForward(nn.Module):
         Returns:
             [..., D] in x's dtype.
         """
-        y: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        y: Tensor = self.w2(self.gated(x))
+        return y
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward up to its last projection.
+
+        Args:
+            x: [..., D].
+
+        Returns:
+            [..., intermediate_size] in x's dtype, the input of `w2`.
+        """
+        y: Tensor = F.silu(self.w1(x)) * self.w3(x)
         return y
 
 

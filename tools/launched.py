@@ -35,18 +35,21 @@ class Launcher:
         preload: Libraries of torch operations that every process loads first.
         log: What the commands print is appended to it.
         profile: Where every process writes what its host did; None: nowhere.
+        parts: Where every process writes how long the parts of quantizing took; None: nowhere.
     """
 
     num_processes: int
     preload: Sequence[Path]
     log: Path
     profile: Path | None = None
+    parts: Path | None = None
 
     def command(self, words: Sequence[str], shared: bool) -> list[str]:
         """Compose the command line of `s2quant WORDS`, in one process or shared."""
         program = ["-m", "s2quant.cli"]
-        if self.preload or self.profile:
-            before = ["--profile", str(self.profile.resolve())] if self.profile else []
+        if self.preload or self.profile or self.parts:
+            watched = {"--profile": self.profile, "--parts": self.parts}
+            before = [word for name, folder in watched.items() if folder for word in (name, str(folder.resolve()))]
             program = [str(PRELOADED), *before, *(str(library.resolve()) for library in self.preload), "--"]
         if not shared:
             return [sys.executable, *program, *words]

@@ -1,18 +1,22 @@
-"""`python tools/preloaded.py [--profile DIR] LIBRARY.so ... -- WORDS`: run `s2quant WORDS` with libraries loaded.
+"""`python tools/preloaded.py [--profile DIR] [--parts DIR] LIBRARY.so ... -- WORDS`: run `s2quant WORDS`, watched.
 
-gptqmodel compiles its kernels unless their operations are there already. With --profile, what the host did is written
-to DIR/profile-RANK.txt: Python's functions by their own time and by all of it (a wait for a GPU counts where it is).
+gptqmodel compiles its kernels unless their operations are there already, in libraries loaded before. With --profile,
+what the host did is written to DIR/profile-RANK.txt: Python's functions by their own time and by all of it (a wait for
+a GPU counts where it is). With --parts, how long the parts of quantizing took, each with its GPU waited for, to
+DIR/parts-RANK.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import cProfile
 import os
 import pstats
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 FUNCTIONS = 60  # of each list
 
@@ -22,21 +26,32 @@ def main(arguments: list[str]) -> int:
 
     from s2quant.cli import main as s2quant
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--parts", type=Path)
+    parser.add_argument("libraries", nargs="*")
     end = arguments.index("--")
-    before, words = arguments[:end], arguments[end + 1 :]
-    folder = Path(before[1]) if before[:1] == ["--profile"] else None
-    for library in before[2 if folder else 0 :]:
+    options, words = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    for library in options.libraries:
         torch.ops.load_library(library)
-    if folder is None:
-        return s2quant(words)
-    profile = cProfile.Profile()
+    rank = os.environ.get("RANK", "0")
+    profile, parts = cProfile.Profile(), None
+    if options.parts is not None:
+        from parts import QUANTIZING, SOLVER, Parts
+
+        parts = Parts([*QUANTIZING, *SOLVER])
     try:
-        return profile.runcall(s2quant, words)
+        return profile.runcall(s2quant, words) if options.profile is not None else s2quant(words)
     finally:
-        with (folder / f"profile-{os.environ.get('RANK', '0')}.txt").open("w") as file:
-            stats = pstats.Stats(profile, stream=file).strip_dirs()
-            for order in ("tottime", "cumulative"):
-                stats.sort_stats(order).print_stats(FUNCTIONS)
+        if options.profile is not None:
+            with (options.profile / f"profile-{rank}.txt").open("w") as file:
+                stats = pstats.Stats(profile, stream=file).strip_dirs()
+                for order in ("tottime", "cumulative"):
+                    stats.sort_stats(order).print_stats(FUNCTIONS)
+        if parts is not None:
+            from s2quant.files import write_json
+
+            write_json(options.parts / f"parts-{rank}.json", parts.table())
 
 
 if __name__ == "__main__":

@@ -203,8 +203,7 @@ def _start(
     elif options.calibration is not None:
         check_new(options.calibration)
     is_new = not folder.exists()
-    exchange.once(lambda: StageStore.open(folder, identity, options.resume))
-    store = StageStore(folder)
+    store = exchange.once(lambda: StageStore.open(folder, identity, options.resume))
     try:
         return store, calibration_set(
             options.calibration or folder / "calibration.safetensors",

@@ -23,7 +23,7 @@ from s2quant.export.config_files import merged_config
 from s2quant.files import read_json, sha256_file, side_by_side
 from s2quant.packing import QuantizedWeight
 from s2quant.prompt import Tokenizer
-from s2quant.quantize.loop import dequantized_sha256
+from s2quant.quantize.keeping import dequantized_sha256
 from s2quant.quantize.plan import Plan
 
 

@@ -163,14 +163,27 @@ class Attention(nn.Module):
         Returns:
             [B, T, D].
         """
+        out: Tensor = self.wo(self.mixed(x, table, attend))
+        return out
+
+    def mixed(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """Mix positions up to the last projection.
+
+        Args:
+            x: As `forward`.
+            table: As `forward`.
+            attend: As `forward`.
+
+        Returns:
+            [B, T, H * h], the input of `wo`.
+        """
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 KV, h]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         y = attend(apply_rotary(q, table), apply_rotary(k, table), v)
         assert y.shape == q.shape, (y.shape, q.shape)
-        out: Tensor = self.wo(y.flatten(-2))
-        return out
+        return y.flatten(-2)
 
 
 class Block(nn.Module):

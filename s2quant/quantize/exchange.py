@@ -3,7 +3,7 @@
 Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; of n
 consecutive batches each process is sent the rows of which it keeps the sum, and adds them in the order of the batches,
 so that all rows together are the sum that one alone would have. Linears of a subset are solved in turn by different
-processes, and what one found is sent to all. Nothing else crosses: held-out batches are run by everybody.
+processes, and what one found is sent to all; held-out batches are shared as the others are.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
 computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in its
@@ -78,21 +78,23 @@ class Exchange:
             product_of: Computes the product of one of this process's batches; None where no row counts.
 
         Raises:
-            UserError: A product raised one; raised in every process.
+            UserError: A product raised one, or an input is NaN or infinite; raised in every process.
         """
+        counts: dict[int, tuple[int, float, Tensor]] = {}
         if self.world == 1:
             for index in range(num_batches):
                 product = product_of(index)
                 if product is not None:
+                    counts[index] = product.num_tokens, product.total, product.num_bad
                     hessian.accumulate(product)
                 del product  # before the next one is made
+            _checked(hessian, counts, None)
             return
         inputs = hessian.in_features
         bounds = [inputs * rank // self.world for rank in range(self.world + 1)]
         sizes = [bounds[rank + 1] - bounds[rank] for rank in range(self.world)]
         rows = sizes[self.rank]
         total = torch.zeros(rows, inputs, device=hessian.device)
-        counts: dict[int, tuple[int, float]] = {}
         error: UserError | None = None
         under_way: tuple[Any, Tensor, Tensor] | None = None
 
@@ -110,7 +112,7 @@ class Exchange:
                 except UserError as caught:  # the others are told at the end
                     error = caught
             if product is not None:
-                counts[index] = product.num_tokens, product.total
+                counts[index] = product.num_tokens, product.total, product.num_bad
             sent = torch.zeros(inputs, inputs, device=hessian.device) if product is None else product.matrix
             if under_way is not None:
                 add(under_way)
@@ -122,7 +124,7 @@ class Exchange:
         if under_way is not None:
             add(under_way)
             under_way = None
-        found = self.gather(partial(_given, counts, error))
+        found = self.gather(partial(_checked, hessian, counts, error))
         if not found:
             return
         whole = torch.empty(inputs, inputs, device=hessian.device)
@@ -131,7 +133,13 @@ class Exchange:
             if size:
                 dist.broadcast(whole[bounds[rank] : bounds[rank + 1]], rank, group=self.group)
         num_tokens = sum(count for count, _ in found.values())
-        hessian.accumulate(Product(matrix=whole, num_tokens=num_tokens, total=_in_order(found.values())))
+        product = Product(
+            matrix=whole,
+            num_tokens=num_tokens,
+            total=_in_order(found.values()),
+            num_bad=torch.zeros((), dtype=torch.int64, device=whole.device),
+        )
+        hessian.accumulate(product)
 
     def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Solved]:
         """Work on tasks side by side, each in one process, and give all results to all.
@@ -171,28 +179,33 @@ class Exchange:
             dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def once(self, action: Callable[[], object]) -> None:
+    def once(self, action: Callable[[], T]) -> T:
         """Let the first process do something that is done once; the others wait for it.
 
         Args:
             action: What is done.
 
+        Returns:
+            What the first process got.
+
         Raises:
             UserError: The action raised one; raised in every process.
             VerificationError: As UserError.
         """
+        if self.world == 1:
+            return action()
+        result: list[T] = []
         error: S2QuantError | None = None
         if self.is_first:
             try:
-                action()
+                result.append(action())
             except S2QuantError as caught:
-                if self.world == 1:
-                    raise
                 error = caught
-        found = self.agree(None if error is None else vars(error))
+        fault, result = self.agree((None if error is None else vars(error), result))
         if error is not None:
             raise error
-        _raise(found)
+        _raise(fault)
+        return result[0]
 
     def gather(self, action: Callable[[], Mapping[Key, T]]) -> dict[Key, T]:
         """Put together what all processes make, each a part; none waits for one that could not.
@@ -261,11 +274,17 @@ class Exchange:
         return weight, found["record"]
 
 
-def _given(value: T, error: UserError | None) -> T:
-    """Give a value, or raise."""
+def _checked(
+    hessian: Hessian, counts: Mapping[int, tuple[int, float, Tensor]], error: UserError | None
+) -> dict[int, tuple[int, float]]:
+    """Give tokens and weight by batch, or raise: an error that was met, or one of inputs that are not finite."""
     if error is not None:
         raise error
-    return value
+    if counts:
+        bad = torch.stack([num_bad for _, _, num_bad in counts.values()]).tolist()
+        for (num_tokens, _, _), num_bad in zip(counts.values(), bad, strict=True):
+            hessian.check(num_tokens, num_bad)
+    return {index: (num_tokens, total) for index, (num_tokens, total, _) in counts.items()}
 
 
 def _in_order(counts: Iterable[tuple[int, float]]) -> float:

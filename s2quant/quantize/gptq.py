@@ -25,6 +25,7 @@ Legend: M outputs, K inputs, G groups.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import os
@@ -156,8 +157,9 @@ def _run_gptqmodel(
     gptq.H, gptq.nsamples = matrix, num_tokens  # as its adopt_hessian_from leaves them
     _watch_floor(gptq, watch)
     _mend_one_sided(gptq.quantizer, watch)
+    kernels = _own_kernels(gptq, watch) if gpu_obstacle(weight) is None else nullcontext()
     try:
-        with redirect_stdout(sys.stderr):  # where its log of errors belongs
+        with redirect_stdout(sys.stderr), kernels:  # where its log of errors belongs
             dequantized, scale, zero, g_idx, _, loss, damp_percent, _ = gptq.quantize()
     except ValueError as error:  # its report of a NaN loss, now that its own fallback is off
         return f"gptqmodel gave up: {error}"
@@ -192,6 +194,59 @@ def _mend_one_sided(quantizer: Any, watch: _Watch) -> None:
         watch.one_sided.append(one_sided.sum())  # the first call is about the whole matrix, the last G about groups
 
     quantizer.find_params = mended
+
+
+def gpu_obstacle(weight: Tensor) -> str | None:
+    """Say why the columns of a weight are not quantized by our own kernels.
+
+    Args:
+        weight: [M, K].
+
+    Returns:
+        The reason, or None when they are.
+    """
+    if not weight.is_cuda:
+        return "not on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@contextmanager
+def _own_kernels(gptq: Any, watch: _Watch) -> Iterator[None]:
+    """Let gptqmodel do its slow steps by ours: scales of groups, columns of a block, the factor of the inverse."""
+    import gptqmodel.quantization.gptq_cuda as cuda
+
+    from s2quant.quantize import kernels
+    from s2quant.quantize.factor import inverse_factor
+
+    quantizer, slow_params, slow_inverse = gptq.quantizer, gptq.quantizer.find_params, gptq.hessian_inverse
+    top, group_size = int(quantizer.maxq), gptq.qcfg.group_size
+    zeros: dict[int, Tensor] = {}
+
+    def find_params(x: Tensor, weight: bool = False) -> None:
+        if x.shape[1] != group_size:  # the whole matrix, before any group
+            slow_params(x, weight=weight)
+            return
+        count = torch.zeros((), dtype=torch.int64, device=x.device)
+        quantizer.scale = kernels.group_scales(x, top, count)[:, None]
+        if len(x) not in zeros:
+            zeros[len(x)] = torch.full((len(x), 1), (top + 1) / 2, device=x.device)
+        quantizer.zero = zeros[len(x)]
+        watch.one_sided.append(count)
+
+    def hessian_inverse(matrix: Tensor) -> Any:
+        damp_percent = float(gptq.qcfg.damp_percent)
+        factor = inverse_factor(matrix, damp_percent * matrix.diagonal().mean())
+        return slow_inverse(matrix) if factor is None else (factor, damp_percent)
+
+    quantizer.find_params, gptq.hessian_inverse = find_params, hessian_inverse
+    before = cuda.block_update_available, cuda.gptq_block_update
+    cuda.block_update_available, cuda.gptq_block_update = (lambda: True), kernels.block_update
+    try:
+        yield
+    finally:
+        cuda.block_update_available, cuda.gptq_block_update = before
 
 
 def _failure(result: _Result, weight: Tensor) -> str | None:

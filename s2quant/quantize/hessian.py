@@ -27,11 +27,13 @@ class Product:
         matrix: sum(w x x^T), float32 [K, K].
         num_tokens: Rows of a weight above 0.
         total: sum(w).
+        num_bad: int64, those of them that hold NaN or infinity, on the matrix's device: to read it waits for that.
     """
 
     matrix: Tensor
     num_tokens: int
     total: float
+    num_bad: Tensor
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -83,11 +85,29 @@ class Hessian:
         """
         product = self.product(x, weights)
         if product is not None:
+            self.check(product.num_tokens, int(product.num_bad))
             self.accumulate(product)
+
+    def check(self, num_tokens: int, num_bad: int) -> None:
+        """Refuse inputs that are not finite.
+
+        Args:
+            num_tokens: Inputs.
+            num_bad: Those of them that hold NaN or infinity.
+
+        Raises:
+            UserError: There are such.
+        """
+        if num_bad:
+            raise UserError(
+                f"{self.name}: {num_bad} of {num_tokens} calibration inputs hold NaN or infinity",
+                "finite activations",
+                "check the weights of the layers before it and the calibration lines, or run in bf16 or float32",
+            )
 
     @torch.no_grad()
     def product(self, x: Tensor, weights: Tensor | None = None) -> Product | None:
-        """Compute what a batch would add.
+        """Compute what a batch would add; without weights, nothing here waits for the device.
 
         Args:
             x: As `add`.
@@ -95,9 +115,6 @@ class Hessian:
 
         Returns:
             The product, or None when no row counts.
-
-        Raises:
-            UserError: An input is NaN or infinite.
         """
         assert x.shape[-1] == self.in_features and x.is_floating_point(), (self.name, x.shape, x.dtype)
         rows = x.detach().reshape(-1, self.in_features).to(self._device or x.device)
@@ -107,17 +124,11 @@ class Hessian:
             rows, weights = rows[weights > 0], weights[weights > 0]
         if rows.shape[0] == 0:
             return None
-        bad = ~torch.isfinite(rows).all(dim=1)
-        if bool(bad.any()):
-            raise UserError(
-                f"{self.name}: {int(bad.sum())} of {rows.shape[0]} calibration inputs hold NaN or infinity",
-                "finite activations",
-                "check the weights of the layers before it and the calibration lines, or run in bf16 or float32",
-            )
+        num_bad = (~torch.isfinite(rows).all(dim=1)).sum()
         if weights is None:
-            return Product(matrix=gram(rows), num_tokens=len(rows), total=float(len(rows)))
+            return Product(matrix=gram(rows), num_tokens=len(rows), total=float(len(rows)), num_bad=num_bad)
         weighted, total = rows.to(torch.float32) * weights.sqrt()[:, None], float(weights.double().sum())
-        return Product(matrix=gram(weighted), num_tokens=len(rows), total=total)
+        return Product(matrix=gram(weighted), num_tokens=len(rows), total=total, num_bad=num_bad)
 
     @torch.no_grad()
     def accumulate(self, product: Product) -> None:

@@ -11,10 +11,10 @@ round-to-nearest beside it.
 
 from __future__ import annotations
 
-import hashlib
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -30,6 +30,7 @@ from s2quant.packing import QuantizedWeight
 from s2quant.quantize.exchange import Exchange, Solved
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
+from s2quant.quantize.keeping import Keeper
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
@@ -40,6 +41,8 @@ MAX_HELD_ROWS = 4096
 
 Progress = Callable[[str], None]
 """Called with the name of each stage when it is done."""
+Kept = Callable[[], list[dict[str, Any]]]
+"""Waits until a stage is kept, and gives its records."""
 
 
 @torch.inference_mode()
@@ -88,14 +91,19 @@ def quantize_stages(
             stream = fast_stream(checkpoint, stream, batches, device, rest)
             yield from fast_stages(checkpoint, device)
 
-    for stage in stages():
-        records += quantize_stage(stage, stream, plan, store, exchange)
-        checkpoint.close()  # its pages count as this process's memory while they are mapped
-        progress(stage.name)
-        if stage.name == last:
-            break
-        stream.advance(stage)
-        del stage  # so that its weights are gone before the next one's are loaded
+    with Keeper(store if exchange.is_first else None, device) as keeper:
+        before: Kept = list
+        for stage in stages():
+            kept = quantize_stage(stage, stream, plan, store, exchange, keeper)
+            records += exchange.once(before)  # written meanwhile
+            before = kept
+            checkpoint.close()  # its pages count as this process's memory while they are mapped
+            progress(stage.name)
+            if stage.name == last:
+                break
+            stream.advance(stage)
+            del stage  # so that its weights are gone before the next one's are loaded
+        records += exchange.once(before)
     return records
 
 
@@ -128,19 +136,20 @@ def num_stages(plan: Plan) -> int:
 
 
 def quantize_stage(
-    stage: Stage, stream: Stream, plan: Plan, store: StageStore, exchange: Exchange
-) -> list[dict[str, Any]]:
+    stage: Stage, stream: Stream, plan: Plan, store: StageStore, exchange: Exchange, keeper: Keeper
+) -> Kept:
     """Quantize one stage, in place, or take it from the store.
 
     Args:
         stage: The stage with its dense weights; left with the dequantized ones.
-        stream: Its inputs; not changed.
+        stream: Its inputs.
         plan: What to do.
-        store: Where it is kept.
+        store: Where it may be found.
         exchange: The processes that share the work.
+        keeper: Keeps it, in the first process.
 
     Returns:
-        One record per quantized module.
+        What waits until it is kept and gives one record per quantized module, in the first process.
 
     Raises:
         UserError: As `quantize_stages`.
@@ -151,29 +160,24 @@ def quantize_stage(
         if name in plan.quantized and (settings := plan.quantized[name].settings) is not None
     }
     if not wanted:
-        return []
+        return list
     if exchange.agree(store.has(stage.name)):
         weights, records = store.load(stage.name, {name: (s.bits, s.group_size) for name, s in wanted.items()})
         for name, weight in weights.items():
             _replace(stage, name, weight)
-        return records
+        return lambda: records
     weights, records = {}, []
-    hashes: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(1) as thread:  # hashes while the next linear is worked on
-        for subset in stage.subsets:
-            chosen = {f"{stage.name}.{linear}": wanted.get(f"{stage.name}.{linear}") for linear in subset}
-            present = {name: settings for name, settings in chosen.items() if settings is not None}
-            found = _quantize_subset(stage, stream, present, plan.recipe.strict, exchange)
-            for name, (weight, record) in found.items():
-                if exchange.owns(len(weights)):
-                    hashes[name] = thread.submit(dequantized_sha256, weight)
-                weights[name] = weight
-                records.append(dict(record))
-                _replace(stage, name, weight)
-    known = exchange.merge({name: future.result() for name, future in hashes.items()})
-    records = [record | {"dequantized_sha256": known[record["module"]]} for record in records]
-    exchange.once(lambda: store.save(stage.name, weights, records))
-    return records
+    for subset in stage.subsets:
+        chosen = {f"{stage.name}.{linear}": wanted.get(f"{stage.name}.{linear}") for linear in subset}
+        present = {name: settings for name, settings in chosen.items() if settings is not None}
+        found = _quantize_subset(stage, stream, present, plan.recipe.strict, exchange)
+        for name, (weight, record) in found.items():
+            keeper.hash(name, weight)
+            weights[name] = weight
+            records.append(dict(record))
+            _replace(stage, name, weight)
+    kept: Future[list[dict[str, Any]]] | None = keeper.keep(stage.name, weights, records)
+    return list if kept is None else kept.result
 
 
 def _quantize_subset(
@@ -182,31 +186,28 @@ def _quantize_subset(
     """Quantize linears that share their input."""
     if not wanted:
         return {}
-    first = next(iter(wanted))
+    first = next(iter(wanted)).removeprefix(f"{stage.name}.")
     started = time.perf_counter()
     hessian = None
     if any(settings.method == "gptq" for settings in wanted.values()):
-        hessian = sum_hessian(stage, stream, first.removeprefix(f"{stage.name}."), exchange)
-    held = held_rows(stage, stream, first.removeprefix(f"{stage.name}."))
+        hessian = sum_hessian(stage, stream, first, exchange)
     seconds = (time.perf_counter() - started) / len(wanted)
 
     def task(name: str, settings: LinearSettings) -> Solved:
         weight = _linear(stage, name).weight
-        rtn, rtn_stats = rtn_quantize(weight, settings)
         if settings.method == "gptq":
             assert hessian is not None
             quantized, stats = gptq_quantize(weight, hessian, settings, name, strict)
         else:
-            quantized, stats = rtn, rtn_stats
+            quantized, stats = rtn_quantize(weight, settings)
         record = {"module": name, "bits": settings.bits, "group_size": settings.group_size} | asdict(stats)
-        record["output_error"] = output_error(weight, quantized, held)
-        record["output_error_rtn"] = output_error(weight, rtn, held)
-        record["held_rows"] = 0 if held is None else len(held)
-        record["hessian_seconds"] = seconds
-        return quantized, record
+        return quantized, record | {"hessian_seconds": seconds}
 
-    solved = exchange.solve([partial(task, *item) for item in wanted.items()], stream.device)
-    return dict(zip(wanted, solved, strict=True))
+    solved = dict(
+        zip(wanted, exchange.solve([partial(task, *item) for item in wanted.items()], stream.device), strict=True)
+    )
+    errors = output_errors(stage, stream, {name: solved[name][0] for name in wanted}, wanted, exchange)
+    return {name: (weight, {**record, **errors[name]}) for name, (weight, record) in solved.items()}
 
 
 def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | None = None) -> Hessian:
@@ -232,53 +233,64 @@ def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | 
     return hessian
 
 
-def held_rows(stage: Stage, stream: Stream, linear: str) -> Tensor | None:
-    """Gather inputs of one linear over the held-out batches, evenly thinned to MAX_HELD_ROWS.
+def output_errors(
+    stage: Stage,
+    stream: Stream,
+    quantized: Mapping[str, QuantizedWeight],
+    settings: Mapping[str, LinearSettings],
+    exchange: Exchange | None = None,
+) -> dict[str, dict[str, float | int | None]]:
+    """Measure how far outputs of quantized linears are from the dense ones' on held-out rows, and by rounding.
 
     Args:
-        stage: The stage.
-        stream: Its inputs.
-        linear: Relative name of the linear.
+        stage: The stage, these linears still dense.
+        stream: Its inputs; of the rows held out, about MAX_HELD_ROWS are used, evenly thinned in every batch.
+        quantized: Quantized weights of linears that share their input, by name.
+        settings: What to round to nearest by, by name.
+        exchange: The processes that share the batches; None: this one alone.
 
     Returns:
-        [rows, K], or None when nothing is held out.
+        By name held_rows, and output_error and output_error_rtn: ||X (Wq - W)^T|| / ||X W^T|| in float32, None
+        without rows.
+
+    Raises:
+        UserError: A weight is unusable.
     """
-    rows = [stream.inputs(stage, linear, index)[0] for index in range(stream.num_used, len(stream.values))]
-    whole = torch.cat(rows) if rows else torch.zeros(0, 1)
-    if not len(whole):
-        return None
-    return whole[torch.linspace(0, len(whole) - 1, min(len(whole), MAX_HELD_ROWS), device=whole.device).long()]
-
-
-def output_error(weight: Tensor, quantized: QuantizedWeight, rows: Tensor | None) -> float | None:
-    """Measure how far a quantized linear's output is from the dense one's.
-
-    Args:
-        weight: Dense [M, K].
-        quantized: Its quantized form.
-        rows: Inputs [rows, K], or None when none were held out.
-
-    Returns:
-        ||X (Wq - W)^T|| / ||X W^T|| in float32, or None.
-    """
-    if rows is None:
-        return None
-    inputs, dense = rows.float(), weight.float()
-    difference = F.linear(inputs, quantized.dequantize(torch.float32) - dense)
-    return float(difference.norm() / F.linear(inputs, dense).norm().clamp(min=1e-30))
-
-
-def dequantized_sha256(weight: QuantizedWeight) -> str:
-    """Hash the dequantized weight, so that what is read back can be compared with what was made.
-
-    Args:
-        weight: The quantized weight.
-
-    Returns:
-        sha256 of the float32 values [M, K] in row order.
-    """
-    values = weight.dequantize(torch.float32).cpu().contiguous()
-    return hashlib.sha256(values.numpy().data).hexdigest()
+    exchange = exchange or Exchange()
+    held = [index for index in range(stream.num_used, len(stream.values)) if exchange.owns(index)]
+    counts = exchange.merge({index: stream.num_rows(index) for index in held})
+    share = min(1.0, MAX_HELD_ROWS / max(1, sum(counts.values())))
+    counts = {index: min(count, max(1, round(count * share))) for index, count in counts.items()}
+    first = next(iter(quantized)).removeprefix(f"{stage.name}.")
+    dense = {name: _linear(stage, name).weight.float() for name in quantized}
+    off = {
+        name: [
+            weight.dequantize(torch.float32) - dense[name]
+            for weight in (quantized[name], rtn_quantize(_linear(stage, name).weight, settings[name])[0])
+        ]
+        for name in quantized
+        if held
+    }
+    squares: dict[int, list[list[float]]] = {}
+    for index in held:
+        rows = stream.inputs(stage, first, index)[0]
+        rows = rows[torch.linspace(0, len(rows) - 1, counts[index], device=rows.device).long()].float()
+        found = [
+            torch.stack([F.linear(rows, matrix).norm() for matrix in (dense[name], *off[name])]) for name in quantized
+        ]
+        squares[index] = [[float(length) ** 2 for length in lengths] for lengths in torch.stack(found).tolist()]
+    num_rows = sum(counts.values())
+    batches = list(exchange.merge(squares).values())
+    errors: dict[str, dict[str, float | int | None]] = {}
+    for number, name in enumerate(quantized):
+        whole, ours, nearest = (sum(batch[number][kind] for batch in batches) for kind in range(3))
+        least = max(whole, 1e-60)
+        errors[name] = {
+            "output_error": math.sqrt(ours / least) if num_rows else None,
+            "output_error_rtn": math.sqrt(nearest / least) if num_rows else None,
+            "held_rows": num_rows,
+        }
+    return errors
 
 
 def _linear(stage: Stage, name: str) -> nn.Linear:

@@ -22,26 +22,60 @@ from s2quant.layers import RMSNorm
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
 from s2quant.recipe import PositionWeights
 
-BLOCK_SUBSETS = (("attention.wqkv",), ("attention.wo",), ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))
-HEAD_SUBSETS = (("output",),)
+MAX_KEPT_BYTES = 8_000_000_000  # that batches may take within a stage; 256 sequences of 1024 positions take 7.8
 MAX_FAST_FRAMES = 16_384  # frames that calibrate the Fast AR: ten rows each, far more than a Hessian needs
+
+
+State = tuple[Tensor, ...]
+"""What a batch is between two steps of a stage: [B, T, D] at its beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Linears of a stage that share their input, and how a batch comes there.
+
+    Args:
+        linears: Relative names.
+        enter: Takes a batch from the step before, whose linears it uses, to this one.
+        inputs: Gives [..., K], the input of the linears, of a batch that is at this step.
+    """
+
+    linears: tuple[str, ...]
+    enter: Callable[..., State]
+    inputs: Callable[..., Tensor]
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """A part of the model that runs on its own.
+    """A part of the model that runs on its own, step by step.
 
     Args:
         name: Prefix of its modules on disk.
         module: Its weights, on the device.
-        run: Applies it to [B, T, D] of the stream.
-        subsets: Linears, relative names; those of one subset share their input.
+        steps: In the order in which their inputs depend on one another.
+        leave: Takes a batch from the last step to the end, [B, T, D] or what the stage gives.
     """
 
     name: str
     module: nn.Module
-    run: Callable[[Tensor], Tensor]
-    subsets: tuple[tuple[str, ...], ...]
+    steps: tuple[Step, ...]
+    leave: Callable[..., Tensor]
+
+    @property
+    def subsets(self) -> tuple[tuple[str, ...], ...]:
+        """Linears by step."""
+        return tuple(step.linears for step in self.steps)
+
+    def step_of(self, linear: str) -> int:
+        """Find the step of a linear.
+
+        Args:
+            linear: Its relative name.
+
+        Returns:
+            The number of the step.
+        """
+        return next(number for number, step in enumerate(self.steps) if linear in step.linears)
 
 
 class Head(nn.Module):
@@ -73,20 +107,28 @@ class Head(nn.Module):
 class Stream:
     """What flows from stage to stage.
 
+    A batch goes through a stage once: between two steps it rests where it is, if there is room for that, and starts
+    from the stage's beginning otherwise. Both give the same bits.
+
     Args:
         values: [B, T, D] per batch, bfloat16 when the stages are a checkpoint's, wherever they rest; None for a batch
             that another process runs.
-        masks: bool [B, T] per batch, True where a position counts; None: all do.
+        rows: int64 [rows] per batch, the positions of B * T that count; None: all do.
         num_held: The last so many batches are held out: they measure the error and enter no Hessian.
         device: Where batches are run.
-        weights: Float [B, T] per batch, how much a position counts in a Hessian; None: all alike.
+        weights: Float [rows] per batch, how much a position counts in a Hessian; None: all alike.
+        keeps: Whether batches rest within a stage.
     """
 
     values: list[Tensor | None]
-    masks: list[Tensor | None]
+    rows: list[Tensor | None]
     num_held: int
     device: torch.device
     weights: list[Tensor | None]
+    keeps: bool = False
+
+    def __post_init__(self) -> None:
+        self._within: dict[int, tuple[int, State]] = {}
 
     @property
     def num_used(self) -> int:
@@ -101,58 +143,48 @@ class Stream:
         """
         for index, value in enumerate(self.values):
             if value is not None:
-                self.values[index] = stage.run(value.to(self.device)).to(value.device)
+                self.values[index] = stage.leave(*self._at(stage, len(stage.steps) - 1, index)).to(value.device)
+                self._within.pop(index, None)
+
+    def num_rows(self, index: int) -> int:
+        """Count the positions of a batch, one of this process's, that count.
+
+        Args:
+            index: The batch.
+
+        Returns:
+            Their number.
+        """
+        value, rows = self.values[index], self.rows[index]
+        assert value is not None, index
+        return value.shape[:-1].numel() if rows is None else len(rows)
 
     def inputs(self, stage: Stage, linear: str, index: int) -> tuple[Tensor, Tensor | None]:
         """Run the stage up to one linear on one batch, which is this process's, and give the inputs of that linear.
 
         Args:
-            stage: The stage.
+            stage: The stage. Its steps are visited in order; linears of earlier ones do not change any more.
             linear: Relative name of the linear.
             index: The batch.
 
         Returns:
             [rows, K], padding dropped, and the rows' weights [rows] or None.
         """
-        value, mask, weights = self.values[index], self.masks[index], self.weights[index]
+        number, rows = stage.step_of(linear), self.rows[index]
+        inputs = stage.steps[number].inputs(*self._at(stage, number, index)).flatten(0, -2)
+        return inputs if rows is None else inputs.index_select(0, rows), self.weights[index]
+
+    def _at(self, stage: Stage, number: int, index: int) -> State:
+        """Take a batch to a step."""
+        value = self.values[index]
         assert value is not None, index
-        inputs = capture_input(stage, linear, value.to(self.device))
-        if mask is None:
-            return inputs.flatten(0, -2), None if weights is None else weights.flatten()
-        return inputs[mask], None if weights is None else weights[mask]
-
-
-class _Captured(Exception):
-    """Carries a linear's input out of a forward pass that need not go on."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-
-def capture_input(stage: Stage, linear: str, x: Tensor) -> Tensor:
-    """Run a stage until one of its linears is called.
-
-    Args:
-        stage: The stage.
-        linear: Relative name of the linear.
-        x: The stage's input.
-
-    Returns:
-        [..., K]: that linear's input.
-    """
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _Captured(args[0])
-
-    handle = stage.module.get_submodule(linear).register_forward_pre_hook(hook)
-    try:
-        stage.run(x)
-    except _Captured as captured:
-        return captured.value
-    finally:
-        handle.remove()
-    raise AssertionError(f"{stage.name}.{linear} was never called")
+        done, state = self._within.get(index, (-1, (value.to(self.device),)))
+        assert done <= number, (stage.name, done, number)
+        for step in stage.steps[done + 1 : number + 1]:
+            state = step.enter(*state)
+        if self.keeps:
+            self._within[index] = number, state
+        return state
 
 
 def slow_stream(
@@ -173,7 +205,7 @@ def slow_stream(
         device: Where to work.
         weights: How much text and speech count; None: alike.
         rest: Where the stream is kept between stages; None: on the device.
-        owns: Tells the batches that this process runs; it always runs those held out.
+        owns: Tells the batches that this process runs.
 
     Returns:
         The Slow AR's input.
@@ -183,21 +215,31 @@ def slow_stream(
     for name, parameter in ((SLOW, "embeddings"), (FAST, "codebook_embeddings")):
         weight = checkpoint.dense(f"{name}.{parameter}", device, torch.bfloat16)
         setattr(slow.get_submodule(parameter), "weight", nn.Parameter(weight, requires_grad=False))  # noqa: B010
-    wanted = [owns(index) or index >= len(batches) - num_held for index in range(len(batches))]
+    values = [
+        slow.embed(tokens.to(device)).to(rest or device) if owns(index) else None
+        for index, (tokens, _) in enumerate(batches)
+    ]
     return Stream(
-        values=[
-            slow.embed(tokens.to(device)).to(rest or device) if is_wanted else None
-            for is_wanted, (tokens, _) in zip(wanted, batches, strict=True)
-        ],
-        masks=[mask.to(device) for _, mask in batches],
+        values=values,
+        rows=[None if bool(mask.all()) else mask.flatten().nonzero()[:, 0].to(device) for _, mask in batches],
         num_held=num_held,
         device=device,
-        weights=[_position_weights(slow.is_semantic(tokens), weights, device) for tokens, _ in batches],
+        weights=[_position_weights(slow.is_semantic(tokens)[mask], weights, device) for tokens, mask in batches],
+        keeps=_keeps(values, checkpoint.config.slow, device, rest),
     )
 
 
+def _keeps(
+    values: Sequence[Tensor | None], config: TransformerConfig, device: torch.device, rest: torch.device | None
+) -> bool:
+    """Tell whether batches rest within a stage: on the device, and if what they are there has room."""
+    num_positions = sum(value.shape[:-1].numel() for value in values if value is not None)
+    width = 2 * config.dim + max(config.intermediate_size, config.n_head * config.head_dim)
+    return rest in (None, device) and 2 * num_positions * width <= MAX_KEPT_BYTES
+
+
 def _position_weights(speech: Tensor, weights: PositionWeights | None, device: torch.device) -> Tensor | None:
-    """Give each position of bool [B, T] its weight; None when they do not differ, so that nothing is rounded."""
+    """Give each position of bool [rows] its weight; None when they do not differ, so that nothing is rounded."""
     if weights is None or weights.text == weights.speech:
         return None
     return torch.where(speech, weights.speech, weights.text).to(device, torch.float32)
@@ -244,7 +286,10 @@ def fast_stream(
         inputs = torch.cat([fast.embed_hidden(hidden)[:, None], fast.embed_code(codes)], dim=1)
         values.append(inputs.to(rest or device))
     nothing: list[Tensor | None] = [None] * len(values)
-    return Stream(values=values, masks=nothing, num_held=slow.num_held, device=device, weights=list(nothing))
+    keeps = _keeps(values, config.fast, device, rest)
+    return Stream(
+        values=values, rows=nothing, num_held=slow.num_held, device=device, weights=list(nothing), keeps=keeps
+    )
 
 
 def _frames(begin: int, end: int, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -285,7 +330,8 @@ def fast_stages(checkpoint: Checkpoint, device: torch.device) -> Iterator[Stage]
         head = Head(config)
     for name in ("norm", "output"):
         _load(head, checkpoint, f"{FAST}.{name}", device)
-    yield Stage(name=FAST, module=head, run=head, subsets=HEAD_SUBSETS)
+    step = Step(linears=("output",), enter=lambda x: (x,), inputs=head.norm)
+    yield Stage(name=FAST, module=head, steps=(step,), leave=head)
 
 
 def _block_stages(
@@ -298,11 +344,31 @@ def _block_stages(
         for module in checkpoint.iter_modules(f"{name}."):
             _load(block, checkpoint, module.name, device, child=module.name.removeprefix(f"{name}."))
 
-        def run(x: Tensor, block: Block = block) -> Tensor:
-            return block(x, table[: x.shape[1]], attend)
+        yield _block_stage(name, block, table, attend)
+        del block  # so that this block is gone before the next one is loaded
 
-        yield Stage(name=name, module=block, run=run, subsets=BLOCK_SUBSETS)
-        del block, run  # so that this block is gone before the next one is loaded
+
+def _block_stage(name: str, block: Block, table: Tensor, attend: Attend) -> Stage:
+    """Take a block apart, as `Block.forward` puts it together."""
+    attention, feed_forward = block.attention, block.feed_forward
+
+    def mix(x: Tensor) -> State:
+        return x, attention.mixed(block.attention_norm(x), table[: x.shape[1]], attend)
+
+    def gate(x: Tensor) -> State:
+        return x, feed_forward.gated(block.ffn_norm(x))
+
+    steps = (
+        Step(linears=("attention.wqkv",), enter=lambda x: (x,), inputs=block.attention_norm),
+        Step(linears=("attention.wo",), enter=mix, inputs=lambda _, y: y),
+        Step(
+            linears=("feed_forward.w1", "feed_forward.w3"),
+            enter=lambda x, y: (x + attention.wo(y),),
+            inputs=block.ffn_norm,
+        ),
+        Step(linears=("feed_forward.w2",), enter=gate, inputs=lambda _, y: y),
+    )
+    return Stage(name=name, module=block, steps=steps, leave=lambda x, y: x + feed_forward.w2(y))
 
 
 def _load(

@@ -1,0 +1,90 @@
+"""Where the seconds of a command go: functions named by their place, each timed with its device waited for.
+
+What a function calls that is timed itself is not counted twice. Waiting makes the whole slower than it is, so a
+command's own time is taken without this.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+QUANTIZING = (
+    "s2quant.quantize.loop:quantize_stages",
+    "s2quant.quantize.loop:sum_hessian",
+    "s2quant.quantize.loop:rtn_quantize",
+    "s2quant.quantize.loop:gptq_quantize",
+    "s2quant.quantize.loop:output_errors",
+    "s2quant.quantize.loop:_replace",
+    "s2quant.quantize.stages:_load",
+    "s2quant.quantize.stages:Stream.advance",
+    "s2quant.quantize.stages:Stream._at",
+    "s2quant.quantize.hessian:gram",
+    "s2quant.quantize.store:StageStore.save",
+    "s2quant.quantize.exchange:Exchange.solve",
+    "s2quant.quantize.exchange:Exchange._share",
+    "s2quant.quantize.gptq:_import_gptqmodel",
+)
+SOLVER = (
+    "gptqmodel.quantization.gptq:GPTQ.quantize",
+    "gptqmodel.quantization.gptq:GPTQ.hessian_inverse",
+    "gptqmodel.quantization.quantizer:Quantizer.find_params",
+    "s2quant.quantize.factor:inverse_factor",
+    "s2quant.quantize.kernels:group_scales",
+    "s2quant.quantize.kernels:block_update",
+)
+
+
+class Parts:
+    """Seconds and calls by function, of all threads.
+
+    Args:
+        names: "module:function" or "module:Class.method".
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.calls = dict.fromkeys(names, 0)
+        self._stack = threading.local()
+        for name in names:
+            module, _, path = name.partition(":")
+            owner: Any = importlib.import_module(module)
+            *outer, last = path.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            setattr(owner, last, self._timed(name, getattr(owner, last)))
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inner = self._stack.__dict__.setdefault("inner", [])
+            inner.append(0.0)
+            began = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                whole = now() - began
+                self.seconds[name] += whole - inner.pop()
+                self.calls[name] += 1
+                if inner:
+                    inner[-1] += whole
+
+        return timed
+
+    def table(self) -> list[dict[str, Any]]:
+        """Give the functions that were called, longest first."""
+        rows = [{"part": n, "seconds": s, "calls": self.calls[n]} for n, s in self.seconds.items() if self.calls[n]]
+        return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def now() -> float:
+    """Wait for the GPU, if there is one in use, and read the clock, in seconds."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
