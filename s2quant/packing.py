@@ -29,7 +29,8 @@ BITS = (2, 3, 4, 8)
 WORD_BITS = 32
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
-_CHUNK_VALUES = 1 << 22
+_CHUNK_VALUES = 1 << 19  # what a CPU's caches hold
+_CHUNK_VALUES_GPU = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,11 +85,12 @@ class QuantizedWeight:
         """
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         group = self.g_idx.long()
-        step = max(1, _CHUNK_VALUES // max(1, self.in_features))  # a few rows at a time keep the temporaries small
+        chunk = _CHUNK_VALUES_GPU if self.codes.is_cuda else _CHUNK_VALUES
+        step = max(1, chunk // max(1, self.in_features))  # a few rows at a time keep the temporaries small
         for start in range(0, self.out_features, step):
             rows = slice(start, start + step)
-            scale = self.scales[:, rows].float().T.index_select(1, group)  # [m, K]
-            zero = self.zeros[:, rows].float().T.index_select(1, group)
+            scale = self.scales[:, rows].float().T.contiguous().index_select(1, group)  # [m, K]
+            zero = self.zeros[:, rows].float().T.contiguous().index_select(1, group)
             out[rows] = (self.codes[rows].float() - zero).mul_(scale)
         return out
 

@@ -32,12 +32,11 @@ QUANTIZING = (
     "s2quant.quantize.gptq:_import_gptqmodel",
 )
 SOLVER = (
-    "gptqmodel.quantization.gptq:GPTQ.quantize",
-    "gptqmodel.quantization.gptq:GPTQ.hessian_inverse",
-    "gptqmodel.quantization.quantizer:Quantizer.find_params",
-    "s2quant.quantize.factor:inverse_factor",
-    "s2quant.quantize.kernels:group_scales",
-    "s2quant.quantize.kernels:block_update",
+    "s2quant.quantize.gptq:prepare",
+    "s2quant.quantize.gptq:solve",
+    "s2quant.quantize.solver:inverse_factor",
+    "s2quant.quantize.kernels:block_scales",
+    "s2quant.quantize.kernels:block_codes",
 )
 
 
@@ -84,7 +83,7 @@ class Parts:
 
 
 def now() -> float:
-    """Wait for the GPU, if there is one in use, and read the clock, in seconds."""
+    """Wait for what this thread has asked the GPU for, if there is one in use, and read the clock, in seconds."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     return time.perf_counter()

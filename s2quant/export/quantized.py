@@ -122,7 +122,7 @@ def quantize_checkpoint(
     with ThreadPoolExecutor(1) as pool:  # in C, side by side with an import of seconds
         hashes = pool.submit(folder_hashes, options.model) if exchange.is_first else None
         if not finished and any(module.settings and module.settings.method == "gptq" for module in plan.modules):
-            check_gptqmodel()
+            check_gptqmodel(device)
     model_sha256 = exchange.agree({} if hashes is None else hashes.result())
     identity = _identity(recipe, model_sha256, lines, device, options)
     if finished:

@@ -25,13 +25,14 @@ from torch import distributed as dist
 from s2quant.errors import S2QuantError, UserError, VerificationError
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.hessian import Hessian, Product
+from s2quant.quantize.stats import QuantStats
 
 T = TypeVar("T")
 Key = TypeVar("Key", int, str)
 WEIGHT_TENSORS = ("codes", "scales", "zeros", "g_idx")
-Solved = tuple[QuantizedWeight, Mapping[str, Any]]
-"""A quantized linear and its record."""
-Task = Callable[[], Solved]
+Found = tuple[QuantizedWeight, QuantStats]
+"""A quantized linear, or some of its outputs, and what happened."""
+Task = Callable[[], Found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class Exchange:
         )
         hessian.accumulate(product)
 
-    def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Solved]:
+    def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Found]:
         """Work on tasks side by side, each in one process, and give all results to all.
 
         Args:
@@ -156,7 +157,7 @@ class Exchange:
         """
         if self.world == 1:
             return [task() for task in tasks]
-        mine: dict[int, Solved | UserError] = {}
+        mine: dict[int, Found | UserError] = {}
         for index, task in enumerate(tasks):
             if self.owns(index):
                 try:
@@ -249,15 +250,15 @@ class Exchange:
             dist.all_gather_object(parts, mine)
         return dict(sorted(item for part in parts for item in part.items()))
 
-    def _share(self, result: Solved | UserError | None, owner: int, device: torch.device) -> Solved:
+    def _share(self, result: Found | UserError | None, owner: int, device: torch.device) -> Found:
         """Send one result, or one error, from its owner to all."""
         facts: list[Any] = [None]
         if isinstance(result, UserError):
             facts = [(result.got, result.expected, result.todo)]
         elif result is not None:
-            weight, record = result
+            weight, stats = result
             sizes = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in WEIGHT_TENSORS}
-            facts = [{"record": record, "sizes": sizes, "bits": weight.bits, "group_size": weight.group_size}]
+            facts = [{"stats": stats, "sizes": sizes, "bits": weight.bits, "group_size": weight.group_size}]
         dist.broadcast_object_list(facts, owner)
         found = facts[0]
         if isinstance(found, tuple):
@@ -271,7 +272,7 @@ class Exchange:
                 tensors[name] = torch.empty(shape, dtype=dtype, device=device)
             dist.broadcast(tensors[name], owner, group=self.group)
         weight = QuantizedWeight(**tensors, bits=found["bits"], group_size=found["group_size"])
-        return weight, found["record"]
+        return weight, found["stats"]
 
 
 def _checked(

@@ -2,8 +2,8 @@
 
 With J the reversal of the order of rows and columns, J H J = L L^T gives H = (J L J) (J L J)^T, where J L J is upper
 triangular. So H^-1 = U^T U with U = J L^-1 J, also upper triangular, and there is only one such factor with a positive
-diagonal. That takes one factorization and the inverse of a triangle, n^3 / 3 multiplications each, where a factorization,
-an inverse and another factorization take n^3 / 3, n^3 and n^3 / 3 and round more often.
+diagonal. That takes one factorization and the inverse of a triangle, where the usual way takes a factorization, an
+inverse and another factorization, and rounds more often.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def inverse_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
     if int(info):
         return None
     del damped
-    return inverse_of_lower(lower).flip(0, 1)
+    return inverse_of_lower(lower).flip(0, 1).contiguous()
 
 
 def inverse_of_lower(lower: Tensor) -> Tensor:

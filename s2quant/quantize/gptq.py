@@ -1,6 +1,7 @@
-"""GPTQ: gptqmodel's `GPTQ` object behind a plain function of a weight and a Hessian.
+"""GPTQ: gptqmodel's `GPTQ` object, or on a GPU our own solver, behind a plain function of a weight and a Hessian.
 
-gptqmodel 7.6 does the column loop (on a GPU with its fused block update, if it can be built). Around it:
+On a GPU `s2quant.quantize.solver` does gptqmodel's algorithm with kernels of our own, several times as fast; a Hessian
+that needs more than the damping asked for is left to gptqmodel there, too. Elsewhere gptqmodel 7.6 does it. Around it:
 
 - `Hessian` (`s2quant.quantize.hessian`) sums X^T X once for all modules that read the same input (w1 and w3), with
   gptqmodel's own operations in their order, so results are those of feeding each module's `add_batch`, bit for bit
@@ -25,9 +26,9 @@ Legend: M outputs, K inputs, G groups.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import io
 import logging
+import math
 import os
 import sys
 import time
@@ -41,9 +42,10 @@ import torch
 from torch import Tensor, nn
 
 from s2quant.errors import UserError
-from s2quant.packing import QuantizedWeight
+from s2quant.packing import QuantizedWeight, symmetric_zero
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.rtn import check_weight, rtn_quantize, store_scales
+from s2quant.quantize.solver import Solution, gpu_obstacle, prepare, solve
 from s2quant.quantize.stats import QuantStats
 from s2quant.recipe import LinearSettings
 
@@ -95,6 +97,11 @@ def gptq_quantize(
     assert hessian.in_features == weight.shape[1], (name, hessian.in_features, weight.shape)
     if hessian.num_tokens == 0:
         return _without_gptq(weight, settings, name, strict, "no calibration positions reached it", 0, 0)
+    if gpu_obstacle(weight.device) is None:
+        start = time.perf_counter()
+        prepared = prepare(hessian, settings, weight.device)
+        if prepared.factor is not None:
+            return _solved(weight, solve(weight, prepared, settings), hessian, settings, name, strict, start)
     _import_gptqmodel()  # seconds, once: not the module's
     start = time.perf_counter()
     matrix = hessian.matrix().to(weight.device)
@@ -133,6 +140,37 @@ def gptq_quantize(
     return quantized, stats
 
 
+def _solved(
+    weight: Tensor, found: Solution, hessian: Hessian, settings: LinearSettings, name: str, strict: bool, start: float
+) -> tuple[QuantizedWeight, QuantStats]:
+    """Put a solution of our own into the form of storage."""
+    if not math.isfinite(found.loss):
+        reason = "the result is not finite"
+        return _without_gptq(weight, settings, name, strict, reason, hessian.num_tokens, found.num_dead)
+    stored = store_scales(found.scales, name)
+    quantized = QuantizedWeight(
+        codes=found.codes,
+        scales=stored.scales.T.contiguous(),
+        zeros=torch.full_like(stored.scales.T, symmetric_zero(settings.bits), dtype=torch.uint8).contiguous(),
+        g_idx=found.g_idx.clone(),
+        bits=settings.bits,
+        group_size=settings.group_size,
+    )
+    stats = QuantStats(
+        method="gptq",
+        loss=found.loss / hessian.num_tokens,
+        damp_percent=settings.damp_percent,
+        num_tokens=hessian.num_tokens,
+        seconds=time.perf_counter() - start,
+        fallback=None,
+        num_dead=found.num_dead,
+        num_one_sided=found.num_one_sided,
+        num_subnormal_scales=stored.num_subnormal,
+        max_scale_error=stored.max_error,
+    )
+    return quantized, stats
+
+
 def _run_gptqmodel(
     weight: Tensor, matrix: Tensor, num_tokens: int, settings: LinearSettings, name: str, watch: _Watch
 ) -> _Result | str:
@@ -157,9 +195,8 @@ def _run_gptqmodel(
     gptq.H, gptq.nsamples = matrix, num_tokens  # as its adopt_hessian_from leaves them
     _watch_floor(gptq, watch)
     _mend_one_sided(gptq.quantizer, watch)
-    kernels = _own_kernels(gptq, watch) if gpu_obstacle(weight) is None else nullcontext()
     try:
-        with redirect_stdout(sys.stderr), kernels:  # where its log of errors belongs
+        with redirect_stdout(sys.stderr):  # where its log of errors belongs
             dequantized, scale, zero, g_idx, _, loss, damp_percent, _ = gptq.quantize()
     except ValueError as error:  # its report of a NaN loss, now that its own fallback is off
         return f"gptqmodel gave up: {error}"
@@ -194,59 +231,6 @@ def _mend_one_sided(quantizer: Any, watch: _Watch) -> None:
         watch.one_sided.append(one_sided.sum())  # the first call is about the whole matrix, the last G about groups
 
     quantizer.find_params = mended
-
-
-def gpu_obstacle(weight: Tensor) -> str | None:
-    """Say why the columns of a weight are not quantized by our own kernels.
-
-    Args:
-        weight: [M, K].
-
-    Returns:
-        The reason, or None when they are.
-    """
-    if not weight.is_cuda:
-        return "not on a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
-
-
-@contextmanager
-def _own_kernels(gptq: Any, watch: _Watch) -> Iterator[None]:
-    """Let gptqmodel do its slow steps by ours: scales of groups, columns of a block, the factor of the inverse."""
-    import gptqmodel.quantization.gptq_cuda as cuda
-
-    from s2quant.quantize import kernels
-    from s2quant.quantize.factor import inverse_factor
-
-    quantizer, slow_params, slow_inverse = gptq.quantizer, gptq.quantizer.find_params, gptq.hessian_inverse
-    top, group_size = int(quantizer.maxq), gptq.qcfg.group_size
-    zeros: dict[int, Tensor] = {}
-
-    def find_params(x: Tensor, weight: bool = False) -> None:
-        if x.shape[1] != group_size:  # the whole matrix, before any group
-            slow_params(x, weight=weight)
-            return
-        count = torch.zeros((), dtype=torch.int64, device=x.device)
-        quantizer.scale = kernels.group_scales(x, top, count)[:, None]
-        if len(x) not in zeros:
-            zeros[len(x)] = torch.full((len(x), 1), (top + 1) / 2, device=x.device)
-        quantizer.zero = zeros[len(x)]
-        watch.one_sided.append(count)
-
-    def hessian_inverse(matrix: Tensor) -> Any:
-        damp_percent = float(gptq.qcfg.damp_percent)
-        factor = inverse_factor(matrix, damp_percent * matrix.diagonal().mean())
-        return slow_inverse(matrix) if factor is None else (factor, damp_percent)
-
-    quantizer.find_params, gptq.hessian_inverse = find_params, hessian_inverse
-    before = cuda.block_update_available, cuda.gptq_block_update
-    cuda.block_update_available, cuda.gptq_block_update = (lambda: True), kernels.block_update
-    try:
-        yield
-    finally:
-        cuda.block_update_available, cuda.gptq_block_update = before
 
 
 def _failure(result: _Result, weight: Tensor) -> str | None:
@@ -302,22 +286,24 @@ def _refuse(name: str, reason: str) -> None:
     )
 
 
-def check_gptqmodel() -> None:
-    """Import gptqmodel, which takes seconds, so that what is wrong with it is said before hours of work.
+def check_gptqmodel(device: torch.device) -> None:
+    """Find gptqmodel, so that what is wrong with it is said before hours of work.
+
+    Where every linear is its, it is imported, which takes seconds; on a GPU it may not be needed at all.
+
+    Args:
+        device: Where linears will be quantized.
 
     Raises:
         UserError: It is not installed, or of another version.
     """
-    _import_gptqmodel()
+    _check_version()
+    if gpu_obstacle(device) is not None:
+        _import_gptqmodel()
 
 
-def _import_gptqmodel() -> tuple[Any, Any]:
-    """Import gptqmodel's GPTQ and QuantizeConfig without its banner.
-
-    Undone afterwards: its environment variables (PYTORCH_ALLOC_CONF, CUDA_DEVICE_ORDER, HF_HOME in /tmp and more),
-    its replacement of safetensors.torch.save_file, warning filters, level and handlers of the root logger.
-    Left: patches of triton's autotuner and transformers, and LogBar at level ERROR.
-    """
+def _check_version() -> None:
+    """Refuse another gptqmodel than the one whose inner parts are known."""
     try:
         version = importlib.metadata.version("gptqmodel")
     except importlib.metadata.PackageNotFoundError:
@@ -328,6 +314,16 @@ def _import_gptqmodel() -> tuple[Any, Any]:
             f"gptqmodel {GPTQMODEL_VERSION}x, whose inner parts s2quant uses",
             "pip install 's2quant[quantize]'",
         )
+
+
+def _import_gptqmodel() -> tuple[Any, Any]:
+    """Import gptqmodel's GPTQ and QuantizeConfig without its banner.
+
+    Undone afterwards: its environment variables (PYTORCH_ALLOC_CONF, CUDA_DEVICE_ORDER, HF_HOME in /tmp and more),
+    its replacement of safetensors.torch.save_file, warning filters, level and handlers of the root logger.
+    Left: patches of triton's autotuner and transformers, and LogBar at level ERROR.
+    """
+    _check_version()
     with nullcontext() if "gptqmodel" in sys.modules else _restored_process():
         from logbar import LogBar
 

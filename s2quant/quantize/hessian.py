@@ -12,6 +12,7 @@ Legend: K inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ class Hessian:
     def __init__(self, in_features: int, name: str, device: torch.device | str | None = None) -> None:
         self.in_features, self.name = in_features, name
         self.num_tokens = 0
+        self.prepared: dict[Any, Any] = {}
+        """What a solver has made of it, for the next linear (`s2quant.quantize.solver`)."""
         self._total = 0.0
         self._device = None if device is None else torch.device(device)
         self._sum: Tensor | None = None  # float32 [K, K]
@@ -124,7 +127,8 @@ class Hessian:
             rows, weights = rows[weights > 0], weights[weights > 0]
         if rows.shape[0] == 0:
             return None
-        num_bad = (~torch.isfinite(rows).all(dim=1)).sum()
+        largest = torch.linalg.vector_norm(rows, float("inf"), dim=1)  # NaN where one is
+        num_bad = (~torch.isfinite(largest)).sum()
         if weights is None:
             return Product(matrix=gram(rows), num_tokens=len(rows), total=float(len(rows)), num_bad=num_bad)
         weighted, total = rows.to(torch.float32) * weights.sqrt()[:, None], float(weights.double().sum())
@@ -137,6 +141,7 @@ class Hessian:
         Args:
             product: From `product`; its matrix may become the sum itself.
         """
+        self.prepared.clear()
         if self._sum is None:
             self._sum, self._device = product.matrix, product.matrix.device
         else:

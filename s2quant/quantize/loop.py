@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -27,10 +28,11 @@ from torch.nn import functional as F
 from s2quant.checkpoint.layout import FAST
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.packing import QuantizedWeight
-from s2quant.quantize.exchange import Exchange, Solved
+from s2quant.quantize.exchange import Exchange, Found
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.keeping import Keeper
+from s2quant.quantize.parts import join_parts, parts_of
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
@@ -182,7 +184,7 @@ def quantize_stage(
 
 def _quantize_subset(
     stage: Stage, stream: Stream, wanted: dict[str, LinearSettings], strict: bool, exchange: Exchange
-) -> dict[str, Solved]:
+) -> dict[str, tuple[QuantizedWeight, dict[str, Any]]]:
     """Quantize linears that share their input."""
     if not wanted:
         return {}
@@ -193,19 +195,24 @@ def _quantize_subset(
         hessian = sum_hessian(stage, stream, first, exchange)
     seconds = (time.perf_counter() - started) / len(wanted)
 
-    def task(name: str, settings: LinearSettings) -> Solved:
-        weight = _linear(stage, name).weight
-        if settings.method == "gptq":
-            assert hessian is not None
-            quantized, stats = gptq_quantize(weight, hessian, settings, name, strict)
-        else:
-            quantized, stats = rtn_quantize(weight, settings)
-        record = {"module": name, "bits": settings.bits, "group_size": settings.group_size} | asdict(stats)
-        return quantized, record | {"hessian_seconds": seconds}
+    def task(name: str, settings: LinearSettings, rows: slice) -> Found:
+        weight = _linear(stage, name).weight[rows]
+        if settings.method != "gptq":
+            return rtn_quantize(weight, settings, name)
+        assert hessian is not None
+        return gptq_quantize(weight, hessian, settings, name, strict)
 
-    solved = dict(
-        zip(wanted, exchange.solve([partial(task, *item) for item in wanted.items()], stream.device), strict=True)
-    )
+    parts = {
+        name: parts_of(_linear(stage, name).weight, len(wanted) == 1 and settings.method == "gptq")
+        for name, settings in wanted.items()
+    }
+    tasks = [partial(task, name, wanted[name], rows) for name in wanted for rows in parts[name]]
+    found = iter(exchange.solve(tasks, stream.device))
+    solved = {}
+    for name, settings in wanted.items():
+        whole = join_parts([next(found) for _ in parts[name]], _linear(stage, name).weight, settings, name)
+        record = {"module": name, "bits": settings.bits, "group_size": settings.group_size}
+        solved[name] = whole[0], record | asdict(whole[1]) | {"hessian_seconds": seconds}
     errors = output_errors(stage, stream, {name: solved[name][0] for name in wanted}, wanted, exchange)
     return {name: (weight, {**record, **errors[name]}) for name, (weight, record) in solved.items()}
 
@@ -250,8 +257,8 @@ def output_errors(
         exchange: The processes that share the batches; None: this one alone.
 
     Returns:
-        By name held_rows, and output_error and output_error_rtn: ||X (Wq - W)^T|| / ||X W^T|| in float32, None
-        without rows.
+        By name held_rows, and output_error and output_error_rtn: ||X (Wq - W)^T|| / ||X W^T|| in float32 (on a GPU
+        Wq - W is rounded to 11 bits for that), None without rows.
 
     Raises:
         UserError: A weight is unusable.
@@ -275,9 +282,11 @@ def output_errors(
     for index in held:
         rows = stream.inputs(stage, first, index)[0]
         rows = rows[torch.linspace(0, len(rows) - 1, counts[index], device=rows.device).long()].float()
-        found = [
-            torch.stack([F.linear(rows, matrix).norm() for matrix in (dense[name], *off[name])]) for name in quantized
-        ]
+        with _tensor_cores():
+            found = [
+                torch.stack([F.linear(rows, matrix).norm() for matrix in (dense[name], *off[name])])
+                for name in quantized
+            ]
         squares[index] = [[float(length) ** 2 for length in lengths] for lengths in torch.stack(found).tolist()]
     num_rows = sum(counts.values())
     batches = list(exchange.merge(squares).values())
@@ -291,6 +300,17 @@ def output_errors(
             "held_rows": num_rows,
         }
     return errors
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU's float32 products take TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _linear(stage: Stage, name: str) -> nn.Linear:

@@ -1,0 +1,169 @@
+"""GPTQ on a GPU: gptqmodel's algorithm step by step, without waiting for the GPU on the way.
+
+Orders and dead inputs, scales and rounding, blocks of 128 columns: all as gptqmodel 7.6 has them. Different are the
+factor of the inverse Hessian (`s2quant.quantize.factor`), which several linears that share their inputs share as well,
+and the launches: three per block in place of hundreds. A linear alone among its inputs is solved in two halves of its
+outputs, which do not depend on each other, so that two processes can share it and end with the bits of one. What needs
+more than the damping that was asked for is left to gptqmodel.
+
+Sources: Frantar et al., https://arxiv.org/abs/2210.17323; Gafni et al., https://arxiv.org/abs/2505.14638 (groups
+ordered by their largest input, inputs within theirs).
+
+Legend: M outputs, K inputs, G groups.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s2quant.quantize.factor import inverse_factor
+from s2quant.quantize.hessian import Hessian
+from s2quant.recipe import LinearSettings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """What a Hessian gives to every linear that reads its inputs.
+
+    Args:
+        order: int64 [K], the inputs in the order in which they are quantized.
+        g_idx: int32 [K], the group of each input.
+        groups: int64 [G], for each group the place of its scale among those found.
+        dead: bool [K], inputs that were always zero.
+        factor: float32 [K, K], of the inverse Hessian in that order; None: the damping does not suffice.
+    """
+
+    order: Tensor
+    g_idx: Tensor
+    groups: Tensor
+    dead: Tensor
+    factor: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """A linear quantized.
+
+    Args:
+        codes: uint8 [M, K], inputs in their natural order.
+        scales: float32 [M, G].
+        g_idx: int32 [K].
+        loss: GPTQ's squared error, weighted by the Hessian, summed up; not finite where something went wrong.
+        num_dead: Inputs that were always zero.
+        num_one_sided: Groups (of one output) without a negative weight.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    loss: float
+    num_dead: int
+    num_one_sided: int
+
+
+def gpu_obstacle(device: torch.device) -> str | None:
+    """Say why linears on a device are not solved here.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The reason, or None when they are.
+    """
+    if device.type != "cuda":
+        return "not on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def prepare(hessian: Hessian, settings: LinearSettings, device: torch.device) -> Prepared:
+    """Order the inputs, and factor the inverse Hessian; done once for all linears and widths that share it.
+
+    Args:
+        hessian: Inputs of the linears; what was prepared is kept with it.
+        settings: group_size, desc_act, act_group_aware and damp_percent.
+        device: Where to work.
+
+    Returns:
+        What was prepared.
+
+    Raises:
+        UserError: No inputs were added, or the sum overflowed.
+    """
+    key = (settings.group_size, settings.desc_act, settings.act_group_aware, settings.damp_percent, str(device))
+    if key not in hessian.prepared:
+        hessian.prepared.clear()  # a factor is as large as the Hessian
+        hessian.prepared[key] = _prepare(hessian.matrix().to(device), settings)
+    found: Prepared = hessian.prepared[key]
+    return found
+
+
+def _prepare(matrix: Tensor, settings: LinearSettings) -> Prepared:
+    """Prepare a Hessian [K, K], which is overwritten."""
+    size, diagonal = settings.group_size, matrix.diagonal()
+    columns = torch.arange(len(matrix), device=matrix.device)
+    dead = diagonal == 0
+    diagonal.add_(dead.float())
+    groups = torch.arange(len(matrix) // size, device=matrix.device)
+    if settings.desc_act:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        g_idx = torch.empty_like(columns).scatter_(0, order, columns // size)
+    elif settings.act_group_aware:
+        values, within = torch.sort(diagonal.view(-1, size), dim=1, descending=True, stable=True)
+        by_largest = torch.argsort(values[:, 0], descending=True, stable=True)
+        order = (within + size * groups[:, None])[by_largest].flatten()
+        g_idx, groups = columns // size, torch.argsort(by_largest)
+    else:
+        order, g_idx = columns, columns // size
+    ordered = matrix[order][:, order]
+    factor = inverse_factor(ordered, settings.damp_percent * ordered.diagonal().mean())
+    return Prepared(order=order, g_idx=g_idx.to(torch.int32), groups=groups, dead=dead, factor=factor)
+
+
+def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solution:
+    """Quantize a linear, or some of its outputs.
+
+    Args:
+        weight: Floating point [M, K]; not changed.
+        prepared: From `prepare`, with a factor.
+        settings: bits and group_size.
+
+    Returns:
+        The solution.
+    """
+    from s2quant.quantize.kernels import BLOCK, block_codes, block_scales  # needs triton
+
+    factor, size, top = prepared.factor, settings.group_size, (1 << settings.bits) - 1
+    assert factor is not None
+    work = weight.detach().float().masked_fill(prepared.dead, 0)[:, prepared.order].contiguous()
+    num_rows, num_columns = work.shape
+    scales = torch.empty(num_columns // size, num_rows, device=work.device)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    errors = torch.empty(num_rows, BLOCK, device=work.device)
+    losses = torch.zeros(num_rows, device=work.device)
+    num_one_sided = torch.zeros((), dtype=torch.int64, device=work.device)
+    for start in range(0, num_columns, BLOCK):
+        count = min(BLOCK, num_columns - start)
+        block_scales(work, scales, num_one_sided, start, count, size, top)
+        block_codes(work, factor, scales, codes, errors, losses, start, count, size, top)
+        after = start + count
+        if after < num_columns:
+            work[:, after:].addmm_(errors, factor[start:after, after:], alpha=-1)
+    facts = torch.stack(
+        [losses.double().sum() / 2, torch.isfinite(scales).all().double(), num_one_sided.double(), prepared.dead.sum()]
+    )
+    loss, finite, one_sided, num_dead = facts.tolist()
+    return Solution(
+        codes=codes[:, torch.argsort(prepared.order)],
+        scales=scales[prepared.groups].T,
+        g_idx=prepared.g_idx,
+        loss=loss if finite else math.nan,
+        num_dead=int(num_dead),
+        num_one_sided=int(one_sided),
+    )
