@@ -293,9 +293,10 @@ class Checkpoint:
             The tensor in the dtype on disk.
         """
         file = self.entries[name].file
-        if file not in self._shards:
-            self._shards[file] = safe_open(self.folder / file, framework="pt")
-        return self._shards[file].get_tensor(name).to(device)
+        shard = self._shards.get(file)  # kept here, as another thread may close it
+        if shard is None:
+            shard = self._shards[file] = safe_open(self.folder / file, framework="pt")
+        return shard.get_tensor(name).to(device)
 
     def _passing(self, name: str, device: torch.device | str) -> Tensor:
         """Read a tensor that is soon let go, through a mapping that goes with it and not with the whole shard."""

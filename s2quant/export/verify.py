@@ -7,6 +7,7 @@ written with what was made in memory and with the plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +24,7 @@ from s2quant.export.config_files import merged_config
 from s2quant.files import read_json, sha256_file, side_by_side
 from s2quant.packing import QuantizedWeight
 from s2quant.prompt import Tokenizer
-from s2quant.quantize.keeping import dequantized_sha256
+from s2quant.quantize.keeping import weight_sha256
 from s2quant.quantize.plan import Plan
 
 
@@ -125,7 +126,7 @@ def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[M
         folder: The folder.
         source: The checkpoint that was quantized.
         plan: What was planned.
-        records: One per quantized module, with the hash of its dequantized weight as it was in memory.
+        records: One per quantized module, with the hash of its weight as it was in memory.
 
     Raises:
         UserError: The source cannot be read any more.
@@ -133,20 +134,30 @@ def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[M
     """
     original = open_checkpoint(source)
     found = scan(folder)
-    faults = list(found.faults) + _config_faults(folder, original) + carried_faults(folder, source)
-    if not found.faults:
-        checkpoint = Checkpoint(found)
-        hashes = {record["module"]: record["dequantized_sha256"] for record in records}
-        if set(hashes) != set(plan.quantized):
-            faults.append(f"records of {len(hashes)} modules, {len(plan.quantized)} planned")
-        faults += _against_plan(checkpoint, plan)
-
-        def weight_faults(name: str) -> list[str]:
-            return _weight_faults(checkpoint, original, name, hashes.get(name))
-
-        faults += chain.from_iterable(side_by_side(weight_faults, checkpoint.modules))
+    faults = list(found.faults) + _config_faults(folder, original)
+    with ThreadPoolExecutor(1) as beside:  # one of the files is large
+        carried = beside.submit(carried_faults, folder, source)
+        if not found.faults:
+            faults += _module_faults(Checkpoint(found), original, plan, records)
+        faults += carried.result()
     if faults:
         raise VerificationError(str(folder), faults)
+
+
+def _module_faults(
+    checkpoint: Checkpoint, original: Checkpoint, plan: Plan, records: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Compare every module with its record, or with the source."""
+    faults = []
+    hashes = {record["module"]: record["weight_sha256"] for record in records}
+    if set(hashes) != set(plan.quantized):
+        faults.append(f"records of {len(hashes)} modules, {len(plan.quantized)} planned")
+    faults += _against_plan(checkpoint, plan)
+
+    def weight_faults(name: str) -> list[str]:
+        return _weight_faults(checkpoint, original, name, hashes.get(name))
+
+    return faults + list(chain.from_iterable(side_by_side(weight_faults, checkpoint.modules)))
 
 
 def _weight_faults(checkpoint: Checkpoint, original: Checkpoint, name: str, expected: str | None) -> list[str]:
@@ -156,8 +167,8 @@ def _weight_faults(checkpoint: Checkpoint, original: Checkpoint, name: str, expe
     except UserError as error:
         return [error.got]
     if isinstance(weight, QuantizedWeight):
-        same = dequantized_sha256(weight) == expected
-        return [] if same else [f"{name}: dequantized weight differs from the one in memory"]
+        same = weight_sha256(weight) == expected
+        return [] if same else [f"{name}: quantized weight differs from the one in memory"]
     if expected is not None:
         return [f"{name}: not quantized, but there is a record of it"]
     before = original.weight(name) if name in original.modules else None
@@ -189,13 +200,14 @@ def carried_faults(folder: Path, source: Path) -> list[str]:
     Returns:
         One sentence per file that is missing or differs.
     """
+    names = [name for name in CARRIED if (source / name).is_file()]
+    paths = [place / name for name in names if (folder / name).is_file() for place in (source, folder)]
+    digests = dict(zip(paths, side_by_side(sha256_file, paths), strict=True))
     faults = []
-    for name in CARRIED:
-        if not (source / name).is_file():
-            continue
-        if not (folder / name).is_file():
+    for name in names:
+        if folder / name not in digests:
             faults.append(f"{name} is missing")
-        elif sha256_file(source / name) != sha256_file(folder / name):
+        elif digests[source / name] != digests[folder / name]:
             faults.append(f"{name} differs from the one in {source}")
     return faults
 

@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.store import StageStore
 
 T = TypeVar("T")
-NUM_HASHERS = 2  # a stage's float32 values are 0.4 GB at the real size, and take longer to hash than a GPU to make
+NUM_HASHERS = 2  # beside the thread that writes
 
 
 class Keeper:
@@ -50,7 +51,7 @@ class Keeper:
             weight: Not to be changed any more.
         """
         if self._store is not None:
-            self._hashes[name] = self._hashers.submit(self._beside(), dequantized_sha256, weight)
+            self._hashes[name] = self._hashers.submit(self._beside(), weight_sha256, weight)
 
     def keep(
         self, stage: str, weights: Mapping[str, QuantizedWeight], records: Sequence[Mapping[str, Any]]
@@ -71,7 +72,7 @@ class Keeper:
         self._hashes = {}
 
         def write() -> list[dict[str, Any]]:
-            whole = [{**record, "dequantized_sha256": hashes[record["module"]].result()} for record in records]
+            whole = [{**record, "weight_sha256": hashes[record["module"]].result()} for record in records]
             store.save(stage, weights, whole)
             return whole
 
@@ -95,14 +96,18 @@ class Keeper:
         return run
 
 
-def dequantized_sha256(weight: QuantizedWeight) -> str:
-    """Hash the dequantized weight, so that what is read back can be compared with what was made.
+def weight_sha256(weight: QuantizedWeight) -> str:
+    """Hash a quantized weight, so that what is read back can be compared with what was made.
 
     Args:
         weight: The quantized weight.
 
     Returns:
-        sha256 of the float32 values [M, K] in row order.
+        sha256 of codes, scales, zeros and g_idx, each with its type and sizes.
     """
-    values = weight.dequantize(torch.float32).cpu().contiguous()
-    return hashlib.sha256(values.numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for name in ("codes", "scales", "zeros", "g_idx"):
+        values: Tensor = getattr(weight, name)
+        digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from s2quant.checkpoint.layout import FAST, SLOW
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.layers import RMSNorm
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
+from s2quant.quantize.ahead import one_ahead
 from s2quant.recipe import PositionWeights
 
 MAX_KEPT_BYTES = 8_000_000_000  # that batches may take within a stage; 256 sequences of 1024 positions take 7.8
@@ -337,15 +340,18 @@ def fast_stages(checkpoint: Checkpoint, device: torch.device) -> Iterator[Stage]
 def _block_stages(
     checkpoint: Checkpoint, prefix: str, config: TransformerConfig, device: torch.device, table: Tensor, attend: Attend
 ) -> Iterator[Stage]:
-    for index in range(config.n_layer):
-        name = f"{prefix}.layers.{index}"
-        with torch.device("meta"):
-            block = Block(config)
-        for module in checkpoint.iter_modules(f"{name}."):
-            _load(block, checkpoint, module.name, device, child=module.name.removeprefix(f"{name}."))
+    names = [f"{prefix}.layers.{index}" for index in range(config.n_layer)]
+    blocks = one_ahead([partial(_load_block, checkpoint, name, config, device) for name in names], device)
+    for name in names:
+        yield _block_stage(name, cast(Block, next(blocks)), table, attend)
 
-        yield _block_stage(name, block, table, attend)
-        del block  # so that this block is gone before the next one is loaded
+
+def _load_block(checkpoint: Checkpoint, name: str, config: TransformerConfig, device: torch.device) -> Block:
+    with torch.device("meta"):
+        block = Block(config)
+    for module in checkpoint.iter_modules(f"{name}."):
+        _load(block, checkpoint, module.name, device, child=module.name.removeprefix(f"{name}."))
+    return block
 
 
 def _block_stage(name: str, block: Block, table: Tensor, attend: Attend) -> Stage:

@@ -259,9 +259,9 @@ def dense_again(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "fragments"),
     [
-        (nibble, [f"{WQKV}: dequantized weight differs"]),
-        (scale, [f"{W2}: dequantized weight differs"]),
-        (swapped, [f"{WQKV}: dequantized weight differs"]),
+        (nibble, [f"{WQKV}: quantized weight differs"]),
+        (scale, [f"{W2}: quantized weight differs"]),
+        (swapped, [f"{WQKV}: quantized weight differs"]),
         (no_grouping, [f"{WQKV}:", "groups do not have 32 inputs"]),
         (asymmetric, [f"{WQKV}: stored zero points 7, 8"]),
         (norm, ["text_model.model.norm: weight differs from the source's"]),
@@ -332,7 +332,7 @@ def test_folder_that_does_not_verify_gets_no_name(
 
     with monkeypatch.context() as patch:
         patch.setattr(quantized_module, "ShardWriter", Lossy)
-        with pytest.raises(VerificationError, match="dequantized weight differs"):
+        with pytest.raises(VerificationError, match="quantized weight differs"):
             quantize_checkpoint(options(tiny_folder, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     phases: list[str] = []
