@@ -9,9 +9,14 @@ is kept in bfloat16 because the model was trained with it so.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 class RMSNorm(nn.Module):
@@ -113,3 +118,31 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.float().unsqueeze(-3).unbind(-1)  # [(B,) T, 1, h/2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out what fills new parameters."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Let modules be made on the meta device, to be filled from a checkpoint.
+
+    Nothing is drawn for them: some versions of torch import their compiler for that, which takes seconds.
+
+    Yields:
+        Nothing.
+    """
+    with torch.device("meta"), _NoDraws():
+        yield

@@ -83,8 +83,8 @@ class Launcher:
             phases: Patterns of the files that a phase writes, by phase, in order.
 
         Returns:
-            processes, seconds, status (None: out of time), phases_s by phase, and the last lines of what it said if
-            it failed.
+            processes, seconds, status (None: out of time), phases_s by phase, per_file_s by phase (from the first of
+            its files to the last), and the last lines of what it said if it failed.
         """
         command = self.command(words, shared)
         with self.log.open("ab") as log:
@@ -102,6 +102,7 @@ class Launcher:
             "seconds": time.perf_counter() - watch.started,
             "status": status,
             "phases_s": watch.seconds(),
+            "per_file_s": watch.seconds_per_file(),
         }
         if status != 0:
             said = self.log.read_bytes()[begin:].decode("utf-8", "replace").strip().splitlines()
@@ -144,6 +145,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self._sizes = dict.fromkeys(self.phases, (0, 0))
+        self._first: dict[str, tuple[int, float]] = {}
         self._last: dict[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -169,6 +171,7 @@ class Watch:
             if now != self._sizes[name] and now[0] >= self._sizes[name][0] and now[1] >= self._sizes[name][1]:
                 self._sizes[name] = now
                 self._last[name] = time.perf_counter() - self.started
+                self._first.setdefault(name, (now[0], self._last[name]))
 
     def seconds(self) -> dict[str, float]:
         """Give the seconds from the end of one phase to the end of the next; a phase without files is left out."""
@@ -177,6 +180,15 @@ class Watch:
             if name in self._last:
                 found[name] = self._last[name] - before
                 before = self._last[name]
+        return found
+
+    def seconds_per_file(self) -> dict[str, float]:
+        """Give the seconds that each further file of a phase took after the first that was seen."""
+        found = {}
+        for name, (num_first, first) in self._first.items():
+            more = self._sizes[name][0] - num_first
+            if more > 0:
+                found[name] = (self._last[name] - first) / more
         return found
 
 

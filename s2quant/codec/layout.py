@@ -20,6 +20,7 @@ from torch import Tensor
 
 from s2quant.codec.codec import Codec
 from s2quant.codec.config import CodecConfig, TransformerSize
+from s2quant.layers import without_values
 
 PARAMETRIZED = (".parametrizations.weight.original0", ".parametrizations.weight.original1")
 HOOKED = (".weight_g", ".weight_v")
@@ -50,7 +51,7 @@ def parameter_shapes(config: CodecConfig) -> dict[str, tuple[int, ...]]:
     Returns:
         Shape by name.
     """
-    with torch.device("meta"):
+    with without_values():
         return {name: tuple(parameter.shape) for name, parameter in Codec(config).named_parameters()}
 
 

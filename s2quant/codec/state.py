@@ -21,6 +21,7 @@ from s2quant.codec.codec import Codec
 from s2quant.codec.config import CodecConfig
 from s2quant.codec.layout import buffer_keys, config_from_state, fold_weight, parameter_shapes, weight_norm_styles
 from s2quant.errors import UserError, shorten_list
+from s2quant.layers import without_values
 
 FILE_NAME = "codec.pth"
 
@@ -109,7 +110,7 @@ def codec_from_state(state: Mapping[str, Any], source: str = "the state dict") -
             "exactly the tensors of an S2 codec",
             "fetch the file again from the model it belongs to",
         )
-    with torch.device("meta"):
+    with without_values():
         codec = Codec(config)
     codec.load_state_dict(folded, strict=True, assign=True)
     return codec

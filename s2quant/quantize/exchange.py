@@ -1,9 +1,9 @@
 """Several processes that quantize one model together, and end with the same bytes as one alone.
 
-Batch b belongs to process b mod n. Each runs the blocks on its own batches and computes their Hessian products; of n
-consecutive batches each process is sent the rows of which it keeps the sum, and adds them in the order of the batches,
-so that all rows together are the sum that one alone would have. Linears of a subset are solved in turn by different
-processes, and what one found is sent to all; held-out batches are shared as the others are.
+Batches belong to lanes, and lanes to processes. Each process runs the blocks on its own batches and sums their Hessian
+products lane by lane; the sums of the lanes are added in one order, which does not depend on the processes. Linears of
+a subset, or parts of one, are solved in turn by different processes, and what one found is sent to all; held-out
+batches are shared as the others are.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
 computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in its
@@ -29,7 +29,8 @@ from s2quant.quantize.stats import QuantStats
 
 T = TypeVar("T")
 Key = TypeVar("Key", int, str)
-WEIGHT_TENSORS = ("codes", "scales", "zeros", "g_idx")
+WEIGHT_TENSORS = ("g_idx", "scales", "codes", "zeros")  # the widest elements first, so that all lie at multiples
+LANES = 4  # sums of batches that processes share
 Found = tuple[QuantizedWeight, QuantStats]
 """A quantized linear, or some of its outputs, and what happened."""
 Task = Callable[[], Found]
@@ -55,7 +56,7 @@ class Exchange:
         return self.rank == 0
 
     def owns(self, index: int) -> bool:
-        """Tell whether a batch, or a linear of a subset, is this process's.
+        """Tell whether a linear of a subset, or a group of lines, is this process's.
 
         Args:
             index: Its number.
@@ -65,13 +66,22 @@ class Exchange:
         """
         return index % self.world == self.rank
 
-    def sum(self, hessian: Hessian, num_batches: int, product_of: Callable[[int], Product | None]) -> None:
-        """Add the products of all batches in their order, in place; each is computed by the process that owns it.
+    def owns_batch(self, index: int) -> bool:
+        """Tell whether a batch is this process's.
 
-        Every process adds up a block of rows: of each round of products, one of each process, it is sent its block by
-        all, while the next product is being computed. In the end everybody is sent all blocks. The numbers are added
-        in the order of the batches, so the sum is that of one process alone; a batch of which no row counts adds
-        zeros.
+        Args:
+            index: Its number.
+
+        Returns:
+            True for all batches of one lane in `world`.
+        """
+        return index % LANES % self.world == self.rank
+
+    def sum(self, hessian: Hessian, num_batches: int, product_of: Callable[[int], Product | None]) -> None:
+        """Add the products of all batches, in place; each is computed by the process that owns it.
+
+        Batches of a lane are added in their order, then the lanes in pairs, (0 + 2) + (1 + 3): always the same sums,
+        whoever makes them. So only sums of lanes have to be sent. A batch of which no row counts adds nothing.
 
         Args:
             hessian: The sum; nothing has been added to it.
@@ -82,65 +92,52 @@ class Exchange:
             UserError: A product raised one, or an input is NaN or infinite; raised in every process.
         """
         counts: dict[int, tuple[int, float, Tensor]] = {}
-        if self.world == 1:
-            for index in range(num_batches):
-                product = product_of(index)
-                if product is not None:
-                    counts[index] = product.num_tokens, product.total, product.num_bad
-                    hessian.accumulate(product)
-                del product  # before the next one is made
-            _checked(hessian, counts, None)
-            return
-        inputs = hessian.in_features
-        bounds = [inputs * rank // self.world for rank in range(self.world + 1)]
-        sizes = [bounds[rank + 1] - bounds[rank] for rank in range(self.world)]
-        rows = sizes[self.rank]
-        total = torch.zeros(rows, inputs, device=hessian.device)
+        lanes: dict[int, Tensor] = {}
         error: UserError | None = None
-        under_way: tuple[Any, Tensor, Tensor] | None = None
-
-        def add(under_way: tuple[Any, Tensor, Tensor]) -> None:
-            work, _sent, received = under_way
-            work.wait()
-            for block in received.view(self.world, rows, inputs):
-                total.add_(block)
-
-        for start in range(0, num_batches, self.world):
-            index, product = start + self.rank, None
-            if index < num_batches and error is None:
-                try:
+        try:
+            for lane in filter(self.owns_batch, range(LANES)):
+                for index in range(lane, num_batches, LANES):
                     product = product_of(index)
-                except UserError as caught:  # the others are told at the end
-                    error = caught
-            if product is not None:
-                counts[index] = product.num_tokens, product.total, product.num_bad
-            sent = torch.zeros(inputs, inputs, device=hessian.device) if product is None else product.matrix
-            if under_way is not None:
-                add(under_way)
-                under_way = None  # its tensors make room
-            received = torch.empty(self.world * rows, inputs, device=hessian.device)
-            work = dist.all_to_all_single(received, sent, [rows] * self.world, sizes, group=self.group, async_op=True)
-            under_way = work, sent, received
-            del product, sent, received
-        if under_way is not None:
-            add(under_way)
-            under_way = None
+                    if product is None:
+                        continue
+                    counts[index] = product.num_tokens, product.total, product.num_bad
+                    lanes[lane] = lanes[lane].add_(product.matrix) if lane in lanes else product.matrix
+                    del product  # before the next one is made
+        except UserError as caught:
+            error = caught
         found = self.gather(partial(_checked, hessian, counts, error))
         if not found:
             return
-        whole = torch.empty(inputs, inputs, device=hessian.device)
-        whole[bounds[self.rank] : bounds[self.rank + 1]] = total
-        for rank, size in enumerate(sizes):
-            if size:
-                dist.broadcast(whole[bounds[rank] : bounds[rank + 1]], rank, group=self.group)
-        num_tokens = sum(count for count, _ in found.values())
+        _, whole = self._add_up(hessian, lanes, tuple(range(LANES)))
         product = Product(
             matrix=whole,
-            num_tokens=num_tokens,
+            num_tokens=sum(count for count, _ in found.values()),
             total=_in_order(found.values()),
             num_bad=torch.zeros((), dtype=torch.int64, device=whole.device),
         )
         hessian.accumulate(product)
+
+    def _add_up(self, hessian: Hessian, sums: dict[int, Tensor], lanes: tuple[int, ...]) -> tuple[int | None, Tensor]:
+        """Add the sums of lanes in pairs; give the process that has the result (None: all do), and it, or anything."""
+        if len(lanes) == 1:
+            single = lanes[0] % self.world
+            if lanes[0] not in sums:  # another's, or without a row that counts
+                size = hessian.in_features if single == self.rank else 0
+                return single, torch.zeros(size, size, device=hessian.device)
+            return single, sums.pop(lanes[0])
+        (owner, left), (other, right) = (self._add_up(hessian, sums, lanes[start::2]) for start in range(2))
+        if owner != other:
+            return None, self._sent(hessian, owner, left).add_(self._sent(hessian, other, right))
+        return owner, left.add_(right)
+
+    def _sent(self, hessian: Hessian, owner: int | None, matrix: Tensor) -> Tensor:
+        """Give all processes a matrix that one has, or all have."""
+        if owner is None:
+            return matrix
+        if owner != self.rank:
+            matrix = torch.empty(hessian.in_features, hessian.in_features, device=hessian.device)
+        dist.broadcast(matrix, owner, group=self.group)
+        return matrix
 
     def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Found]:
         """Work on tasks side by side, each in one process, and give all results to all.
@@ -157,14 +154,20 @@ class Exchange:
         """
         if self.world == 1:
             return [task() for task in tasks]
-        mine: dict[int, Found | UserError] = {}
-        for index, task in enumerate(tasks):
-            if self.owns(index):
-                try:
-                    mine[index] = task()
-                except UserError as error:
-                    mine[index] = error
-        return [self._share(mine.get(index), index % self.world, device) for index in range(len(tasks))]
+        mine: dict[int, Found] = {}
+        facts: dict[int, Any] = {}
+        for index in filter(self.owns, range(len(tasks))):
+            try:
+                weight, stats = mine[index] = tasks[index]()
+            except UserError as error:
+                facts[index] = vars(error)
+                continue
+            sizes = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in WEIGHT_TENSORS}
+            facts[index] = (stats, sizes, weight.bits, weight.group_size)
+        found = self.merge(facts)
+        for told in found.values():
+            _raise(told if isinstance(told, dict) else None)
+        return [self._share(mine.get(index), told, index % self.world, device) for index, told in found.items()]
 
     def agree(self, value: T) -> T:
         """Take the first process's value of something that others may see otherwise, such as whether a file exists.
@@ -250,29 +253,22 @@ class Exchange:
             dist.all_gather_object(parts, mine)
         return dict(sorted(item for part in parts for item in part.items()))
 
-    def _share(self, result: Found | UserError | None, owner: int, device: torch.device) -> Found:
-        """Send one result, or one error, from its owner to all."""
-        facts: list[Any] = [None]
-        if isinstance(result, UserError):
-            facts = [(result.got, result.expected, result.todo)]
-        elif result is not None:
-            weight, stats = result
-            sizes = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in WEIGHT_TENSORS}
-            facts = [{"stats": stats, "sizes": sizes, "bits": weight.bits, "group_size": weight.group_size}]
-        dist.broadcast_object_list(facts, owner)
-        found = facts[0]
-        if isinstance(found, tuple):
-            raise UserError(*found)
-        tensors = {}
-        for name, (shape, dtype) in found["sizes"].items():
-            if owner == self.rank:
-                assert result is not None and not isinstance(result, UserError)
-                tensors[name] = getattr(result[0], name).to(device).contiguous()
-            else:
-                tensors[name] = torch.empty(shape, dtype=dtype, device=device)
-            dist.broadcast(tensors[name], owner, group=self.group)
-        weight = QuantizedWeight(**tensors, bits=found["bits"], group_size=found["group_size"])
-        return weight, found["stats"]
+    def _share(self, result: Found | None, facts: Any, owner: int, device: torch.device) -> Found:
+        """Send one result from its owner to all, its tensors in one piece."""
+        stats, sizes, bits, group_size = facts
+        if result is not None:
+            pieces = [getattr(result[0], name).to(device).contiguous() for name in sizes]
+            whole = torch.cat([piece.flatten().view(torch.uint8) for piece in pieces])
+        else:
+            num_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes.values())
+            whole = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        dist.broadcast(whole, owner, group=self.group)
+        parts = whole.split([shape.numel() * dtype.itemsize for shape, dtype in sizes.values()])
+        tensors = {
+            name: part.view(dtype).view(shape)
+            for part, (name, (shape, dtype)) in zip(parts, sizes.items(), strict=True)
+        }
+        return QuantizedWeight(**tensors, bits=bits, group_size=group_size), stats
 
 
 def _checked(

@@ -81,7 +81,7 @@ def quantize_stages(
     records: list[dict[str, Any]] = []
     exchange = exchange or Exchange()
     weights = plan.recipe.calibration.weights
-    stream = slow_stream(checkpoint, batches, num_held, device, weights, rest, exchange.owns)
+    stream = slow_stream(checkpoint, batches, num_held, device, weights, rest, exchange.owns_batch)
     length = max(tokens.shape[2] for tokens, _ in batches)
     fast_wanted = any(name.startswith(f"{FAST}.") for name in plan.quantized)
     last = _last_stage(plan)
@@ -264,10 +264,10 @@ def output_errors(
         UserError: A weight is unusable.
     """
     exchange = exchange or Exchange()
-    held = [index for index in range(stream.num_used, len(stream.values)) if exchange.owns(index)]
-    counts = exchange.merge({index: stream.num_rows(index) for index in held})
+    counts = {index: stream.num_rows[index] for index in range(stream.num_used, len(stream.values))}
     share = min(1.0, MAX_HELD_ROWS / max(1, sum(counts.values())))
     counts = {index: min(count, max(1, round(count * share))) for index, count in counts.items()}
+    held = list(filter(exchange.owns_batch, counts))
     first = next(iter(quantized)).removeprefix(f"{stage.name}.")
     dense = {name: _linear(stage, name).weight.float() for name in quantized}
     off = {

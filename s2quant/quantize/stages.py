@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from s2quant.checkpoint.config import TransformerConfig
 from s2quant.checkpoint.layout import FAST, SLOW
 from s2quant.checkpoint.reader import Checkpoint
-from s2quant.layers import RMSNorm
+from s2quant.layers import RMSNorm, without_values
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
 from s2quant.quantize.ahead import one_ahead
 from s2quant.recipe import PositionWeights
@@ -120,6 +120,7 @@ class Stream:
         num_held: The last so many batches are held out: they measure the error and enter no Hessian.
         device: Where batches are run.
         weights: Float [rows] per batch, how much a position counts in a Hessian; None: all alike.
+        num_rows: Positions that count, of every batch.
         keeps: Whether batches rest within a stage.
     """
 
@@ -128,7 +129,8 @@ class Stream:
     num_held: int
     device: torch.device
     weights: list[Tensor | None]
-    keeps: bool = False
+    num_rows: list[int]
+    keeps: bool
 
     def __post_init__(self) -> None:
         self._within: dict[int, tuple[int, State]] = {}
@@ -148,19 +150,6 @@ class Stream:
             if value is not None:
                 self.values[index] = stage.leave(*self._at(stage, len(stage.steps) - 1, index)).to(value.device)
                 self._within.pop(index, None)
-
-    def num_rows(self, index: int) -> int:
-        """Count the positions of a batch, one of this process's, that count.
-
-        Args:
-            index: The batch.
-
-        Returns:
-            Their number.
-        """
-        value, rows = self.values[index], self.rows[index]
-        assert value is not None, index
-        return value.shape[:-1].numel() if rows is None else len(rows)
 
     def inputs(self, stage: Stage, linear: str, index: int) -> tuple[Tensor, Tensor | None]:
         """Run the stage up to one linear on one batch, which is this process's, and give the inputs of that linear.
@@ -213,7 +202,7 @@ def slow_stream(
     Returns:
         The Slow AR's input.
     """
-    with torch.device("meta"):
+    with without_values():
         slow = SlowAR(checkpoint.config)
     for name, parameter in ((SLOW, "embeddings"), (FAST, "codebook_embeddings")):
         weight = checkpoint.dense(f"{name}.{parameter}", device, torch.bfloat16)
@@ -228,6 +217,7 @@ def slow_stream(
         num_held=num_held,
         device=device,
         weights=[_position_weights(slow.is_semantic(tokens)[mask], weights, device) for tokens, mask in batches],
+        num_rows=[int(mask.sum()) for _, mask in batches],
         keeps=_keeps(values, checkpoint.config.slow, device, rest),
     )
 
@@ -269,7 +259,7 @@ def fast_stream(
     """
     config = checkpoint.config
     norm = _load(RMSNorm(config.slow.dim, config.slow.norm_eps), checkpoint, f"{SLOW}.norm", device, itself=True)
-    with torch.device("meta"):
+    with without_values():
         fast = FastAR(config)
     for name in ("embeddings", "project_in"):
         if f"{FAST}.{name}" in checkpoint.modules:
@@ -277,11 +267,13 @@ def fast_stream(
     frames = [_frames(config.semantic_begin_id, config.semantic_end_id, *batch) for batch in batches]
     keep = min(1.0, MAX_FAST_FRAMES / max(1, sum(len(f) for f in frames)))
     values: list[Tensor | None] = []
+    num_rows = []
     for value, found, (tokens, _) in zip(slow.values, frames, batches, strict=True):
+        count = max(1, int(len(found) * keep)) if len(found) else 0
+        num_rows.append(count * config.num_codebooks)
         if value is None:
             values.append(None)
             continue
-        count = max(1, int(len(found) * keep)) if len(found) else 0
         chosen = found[torch.linspace(0, len(found) - 1, count).long()]
         sequence, position = chosen.unbind(-1)
         hidden = norm(value[sequence.to(value.device), (position - 1).to(value.device)].to(device))
@@ -289,9 +281,14 @@ def fast_stream(
         inputs = torch.cat([fast.embed_hidden(hidden)[:, None], fast.embed_code(codes)], dim=1)
         values.append(inputs.to(rest or device))
     nothing: list[Tensor | None] = [None] * len(values)
-    keeps = _keeps(values, config.fast, device, rest)
     return Stream(
-        values=values, rows=nothing, num_held=slow.num_held, device=device, weights=list(nothing), keeps=keeps
+        values=values,
+        rows=nothing,
+        num_held=slow.num_held,
+        device=device,
+        weights=list(nothing),
+        num_rows=num_rows,
+        keeps=_keeps(values, config.fast, device, rest),
     )
 
 
@@ -329,7 +326,7 @@ def fast_stages(checkpoint: Checkpoint, device: torch.device) -> Iterator[Stage]
     config = checkpoint.config.fast
     table = Rotary(config).table(checkpoint.config.num_codebooks, device)
     yield from _block_stages(checkpoint, FAST, config, device, table, softmax_attention)
-    with torch.device("meta"):
+    with without_values():
         head = Head(config)
     for name in ("norm", "output"):
         _load(head, checkpoint, f"{FAST}.{name}", device)
@@ -347,7 +344,7 @@ def _block_stages(
 
 
 def _load_block(checkpoint: Checkpoint, name: str, config: TransformerConfig, device: torch.device) -> Block:
-    with torch.device("meta"):
+    with without_values():
         block = Block(config)
     for module in checkpoint.iter_modules(f"{name}."):
         _load(block, checkpoint, module.name, device, child=module.name.removeprefix(f"{name}."))

@@ -14,6 +14,7 @@ from torch import nn
 
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.errors import UserError
+from s2quant.layers import without_values
 from s2quant.model import DualAR, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.linears import Backend, make_linear
@@ -105,7 +106,7 @@ def load_model(
     """
     target, dtype = parse_device(device), parse_dtype(dtype)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    with torch.device("meta"):
+    with without_values():
         model = DualAR(checkpoint.config)
     left_in = Counter(entry.file for entry in checkpoint.entries.values())
     untrimmed = 0

@@ -7,7 +7,7 @@ from model_cases import BEGIN, END, IM_END, raw_config, tokens
 
 from s2quant.checkpoint.config import S2Config
 from s2quant.errors import UserError
-from s2quant.layers import rotary_table
+from s2quant.layers import FeedForward, rotary_table, without_values
 from s2quant.model import Rotary, causal_attention, check_tokens, softmax_attention
 
 
@@ -152,3 +152,19 @@ def test_faults_of_a_batch_are_listed_together(case, build_model):
     mask[0, 0] = False
     with pytest.raises(UserError, match=r"(?s)528 positions, not 1 to 512.*padding before a real position"):
         check_tokens(config, given, mask)
+
+
+def test_modules_without_values_draw_nothing(monkeypatch):
+    """On the meta device, weights as they are declared, and no random number: for some of them torch imports a lot."""
+
+    def drawn(*args, **kwargs):
+        raise AssertionError("drawn")
+
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, drawn)
+    with without_values():
+        made = [torch.nn.Linear(3, 5), torch.nn.Embedding(7, 4), FeedForward(4, 8), torch.nn.Conv1d(2, 3, 4)]
+    assert all(parameter.is_meta for module in made for parameter in module.parameters())
+    assert [tuple(parameter.shape) for parameter in made[0].parameters()] == [(5, 3), (5,)]
+    monkeypatch.undo()
+    assert float(torch.nn.Linear(64, 64).weight.std()) > 0 and not torch.nn.Linear(3, 5).weight.is_meta

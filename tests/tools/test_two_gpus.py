@@ -143,6 +143,18 @@ def test_phases_end_when_their_files_grow_no_more(tmp_path):
     assert 0.35 < found["first"] < 0.7 and 0.2 < found["second"] < 0.6
 
 
+def test_seconds_per_file_are_those_after_the_first(tmp_path):
+    watch = Watch({"many": [tmp_path / "*"], "none": [tmp_path / "no" / "*"]})
+    for number in range(4):
+        (tmp_path / str(number)).write_text("1")
+        watch.look()
+        time.sleep(0.1 if number else 0.3)  # the first is another's time
+    assert watch.seconds_per_file() == {"many": pytest.approx((0.3 + 0.1 + 0.1) / 3, abs=0.05)}
+    (tmp_path / "3").unlink()
+    watch.look()
+    assert watch.seconds_per_file() == {"many": pytest.approx((0.3 + 0.1 + 0.1) / 3, abs=0.05)}
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
