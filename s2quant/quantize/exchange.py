@@ -232,12 +232,12 @@ class Exchange:
             mine = action()
         except S2QuantError as caught:
             error = caught
-        faults = self.merge({self.rank: None if error is None else vars(error)})
+        told = self.merge({self.rank: (None if error is None else vars(error), mine)})
         if error is not None:
             raise error
-        for fault in faults.values():
+        for fault, _ in told.values():
             _raise(fault)
-        return self.merge(mine)
+        return dict(sorted(item for _, part in told.values() for item in part.items()))
 
     def merge(self, mine: Mapping[Key, T]) -> dict[Key, T]:
         """Put together what all processes have.

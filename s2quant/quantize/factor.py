@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALL = 1024  # up to here a triangle is inverted by torch's own solver
+SMALL = 256  # sides of the triangles that torch's own solver inverts
 
 
 def inverse_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
@@ -34,7 +34,7 @@ def inverse_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
 
 
 def inverse_of_lower(lower: Tensor) -> Tensor:
-    """Invert a lower triangle by halves, most of it by products.
+    """Invert a lower triangle: small triangles on its diagonal all at once, the rest by products of halves.
 
     Args:
         lower: float32 [n, n], zeros above the diagonal; overwritten.
@@ -43,12 +43,31 @@ def inverse_of_lower(lower: Tensor) -> Tensor:
         Its inverse, in the same memory.
     """
     n = len(lower)
-    if n <= SMALL:
-        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-    half = n // 2
-    upper_left = inverse_of_lower(lower[:half, :half])
-    lower_right = inverse_of_lower(lower[half:, half:])
-    below = lower[half:, :half]
-    below.copy_(lower_right @ (below @ upper_left)).neg_()
+    edges = [*range(0, n, SMALL), n]
+    whole = n // SMALL * SMALL
+    if whole:
+        triangles = torch.stack([lower[start : start + SMALL, start : start + SMALL] for start in edges[: n // SMALL]])
+        for start, inverse in zip(edges, _inverses(triangles), strict=False):
+            lower[start : start + SMALL, start : start + SMALL] = inverse
+    if whole < n:
+        lower[whole:, whole:] = _inverses(lower[None, whole:, whole:])[0]
+    _join(lower, edges)
     return lower
+
+
+def _inverses(triangles: Tensor) -> Tensor:
+    """Invert lower triangles [B, n, n]."""
+    identity = torch.eye(triangles.shape[-1], dtype=triangles.dtype, device=triangles.device)
+    return torch.linalg.solve_triangular(triangles, identity.expand_as(triangles), upper=False)
+
+
+def _join(lower: Tensor, edges: list[int]) -> None:
+    """Make the inverse of a triangle whose parts on the diagonal, between edges, are inverted already."""
+    if len(edges) <= 2:
+        return
+    middle = len(edges) // 2
+    _join(lower, edges[: middle + 1])
+    _join(lower, edges[middle:])
+    first, half, last = edges[0], edges[middle], edges[-1]
+    below = lower[half:last, first:half]
+    below.copy_(lower[half:last, half:last] @ (below @ lower[first:half, first:half])).neg_()

@@ -93,10 +93,11 @@ def quantize_stages(
             stream = fast_stream(checkpoint, stream, batches, device, rest)
             yield from fast_stages(checkpoint, device)
 
+    found = exchange.once(store.names)
     with Keeper(store if exchange.is_first else None, device) as keeper:
         before: Kept = list
         for stage in stages():
-            kept = quantize_stage(stage, stream, plan, store, exchange, keeper)
+            kept = quantize_stage(stage, stream, plan, store if stage.name in found else None, exchange, keeper)
             records += exchange.once(before)  # written meanwhile
             before = kept
             checkpoint.close()  # its pages count as this process's memory while they are mapped
@@ -138,7 +139,7 @@ def num_stages(plan: Plan) -> int:
 
 
 def quantize_stage(
-    stage: Stage, stream: Stream, plan: Plan, store: StageStore, exchange: Exchange, keeper: Keeper
+    stage: Stage, stream: Stream, plan: Plan, store: StageStore | None, exchange: Exchange, keeper: Keeper
 ) -> Kept:
     """Quantize one stage, in place, or take it from the store.
 
@@ -146,7 +147,7 @@ def quantize_stage(
         stage: The stage with its dense weights; left with the dequantized ones.
         stream: Its inputs.
         plan: What to do.
-        store: Where it may be found.
+        store: Where it is found; None: it has to be made.
         exchange: The processes that share the work.
         keeper: Keeps it, in the first process.
 
@@ -163,7 +164,7 @@ def quantize_stage(
     }
     if not wanted:
         return list
-    if exchange.agree(store.has(stage.name)):
+    if store is not None:
         weights, records = store.load(stage.name, {name: (s.bits, s.group_size) for name, s in wanted.items()})
         for name, weight in weights.items():
             _replace(stage, name, weight)

@@ -106,6 +106,14 @@ class StageStore:
         """
         return self._path(stage).exists()
 
+    def names(self) -> list[str]:
+        """List the finished stages.
+
+        Returns:
+            Their names, sorted.
+        """
+        return sorted(path.stem for path in self.stages.glob("[!.]*.safetensors"))
+
     def load(
         self, stage: str, sizes: Mapping[str, tuple[int, int]], device: torch.device | str = "cpu"
     ) -> tuple[dict[str, QuantizedWeight], list[Any]]:

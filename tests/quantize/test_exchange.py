@@ -151,7 +151,7 @@ def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(m
 
         def all_gather(parts, mine, rank=rank, sent=sent):
             sent.append(mine)
-            other = {1 - rank: None if rank == 0 else vars(fault)}
+            other = {1 - rank: (None if rank == 0 else vars(fault), {})}
             parts[rank], parts[1 - rank] = mine, other
 
         monkeypatch.setattr("s2quant.quantize.exchange.dist.all_gather_object", all_gather)
