@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from s2quant.packing import QuantizedWeight
+from s2quant.quantize.copies import to_host
 from s2quant.quantize.store import StageStore
 
 T = TypeVar("T")
@@ -109,5 +110,5 @@ def weight_sha256(weight: QuantizedWeight) -> str:
     for name in ("codes", "scales", "zeros", "g_idx"):
         values: Tensor = getattr(weight, name)
         digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(to_host(values).view(torch.uint8).numpy().data)
     return digest.hexdigest()

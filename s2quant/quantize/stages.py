@@ -22,7 +22,7 @@ from s2quant.checkpoint.layout import FAST, SLOW
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.layers import RMSNorm, without_values
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
-from s2quant.quantize.ahead import one_ahead
+from s2quant.quantize.copies import one_ahead
 from s2quant.recipe import PositionWeights
 
 MAX_KEPT_BYTES = 8_000_000_000  # that batches may take within a stage; 256 sequences of 1024 positions take 7.8
@@ -338,16 +338,16 @@ def _block_stages(
     checkpoint: Checkpoint, prefix: str, config: TransformerConfig, device: torch.device, table: Tensor, attend: Attend
 ) -> Iterator[Stage]:
     names = [f"{prefix}.layers.{index}" for index in range(config.n_layer)]
-    blocks = one_ahead([partial(_load_block, checkpoint, name, config, device) for name in names], device)
+    blocks = one_ahead([partial(_load_block, checkpoint, name, config) for name in names], device)
     for name in names:
         yield _block_stage(name, cast(Block, next(blocks)), table, attend)
 
 
-def _load_block(checkpoint: Checkpoint, name: str, config: TransformerConfig, device: torch.device) -> Block:
+def _load_block(checkpoint: Checkpoint, name: str, config: TransformerConfig) -> Block:
     with without_values():
         block = Block(config)
     for module in checkpoint.iter_modules(f"{name}."):
-        _load(block, checkpoint, module.name, device, child=module.name.removeprefix(f"{name}."))
+        _load(block, checkpoint, module.name, torch.device("cpu"), child=module.name.removeprefix(f"{name}."))
     return block
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from s2quant.errors import UserError, shorten_list
 from s2quant.files import atomic_file, disk_errors, read_json, write_json
 from s2quant.packing import QuantizedWeight, pack, unpack
+from s2quant.quantize.copies import to_host
 
 IDENTITY = "run.json"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -88,7 +89,7 @@ class StageStore:
             UserError: The disk refuses.
         """
         tensors = {
-            f"{name}.{part}": tensor.cpu().contiguous()
+            f"{name}.{part}": to_host(tensor)
             for name, weight in weights.items()
             for part, tensor in pack(weight).items()
         }

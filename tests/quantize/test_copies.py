@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from s2quant.errors import UserError
-from s2quant.quantize.ahead import one_ahead
+from s2quant.quantize.copies import one_ahead, to_host
 
 CPU = torch.device("cpu")
 
@@ -61,8 +61,7 @@ def test_what_is_loaded_beside_computing_is_whole():
 
     def load(number):
         module = nn.Linear(2048, 2048, bias=False, device="meta")
-        weight = torch.full((2048, 2048), float(number)).to(device)
-        module.weight = nn.Parameter(weight, requires_grad=False)
+        module.weight = nn.Parameter(torch.full((2048, 2048), float(number)), requires_grad=False)
         return module
 
     with torch.no_grad():
@@ -72,3 +71,13 @@ def test_what_is_loaded_beside_computing_is_whole():
             sums.append(module.weight.sum(dtype=torch.float64))
             del module
     assert [float(total) / 2048**2 for total in sums] == list(range(20))
+
+
+@pytest.mark.gpu
+def test_what_comes_to_the_host_is_what_was_computed():
+    x = torch.randn(4096, 4096, device="cuda")
+    for _ in range(10):
+        x = torch.tanh(x @ x)
+    host = to_host(x.T)
+    assert host.is_pinned() and host.is_contiguous() and torch.equal(host, x.T.cpu())
+    assert to_host(host) is host
