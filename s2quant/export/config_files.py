@@ -8,7 +8,7 @@ ends, because readers match such patterns from the start only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from s2quant.checkpoint.reader import Module
@@ -17,11 +17,12 @@ from s2quant.recipe import LinearSettings
 from s2quant.records import versions
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(plan: Plan, records: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Describe a quantized checkpoint.
 
     Args:
         plan: What was done.
+        records: One per quantized module: whose solver it was.
 
     Returns:
         The object for quantize_config.json and for config.json's `quantization_config`.
@@ -38,10 +39,11 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         elif (module.settings.bits, module.settings.group_size) != (base.bits, base.group_size):
             dynamic[f"+:{pattern}"] = {"bits": module.settings.bits, "group_size": module.settings.group_size}
     version = versions()
+    makers = ["s2quant", *(["gptqmodel"] if any(record["solver"] == "gptqmodel" for record in records) else [])]
     desc_act = any(s.desc_act and s.method == "gptq" for s in settings)  # readers take g_idx only when it is true
     return _object(base.bits, base.group_size, desc_act, dynamic) | {
         "meta": {
-            "quantizer": [f"s2quant:{version['s2quant']}", f"gptqmodel:{version['gptqmodel']}"],
+            "quantizer": [f"{maker}:{version[maker]}" for maker in makers],
             "recipe": plan.recipe.name,
             "recipe_sha256": plan.recipe.sha256,
             "damp_percent": base.damp_percent,

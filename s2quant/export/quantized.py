@@ -264,7 +264,7 @@ def _write(
     record: Mapping[str, Any],
 ) -> None:
     """Write the folder, open it again and verify it, give it its name, and remove what the run kept."""
-    quantization = quantization_config(plan)
+    quantization = quantization_config(plan, records)
     facts = record["inputs"]["calibration"]
     sentence = (
         f"{facts['num_sequences']} sequences, {facts['num_positions']} positions, {facts['num_frames']} of them audio "

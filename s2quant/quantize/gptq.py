@@ -127,6 +127,7 @@ def gptq_quantize(
     num_groups = result.scale.shape[1]
     stats = QuantStats(
         method="gptq",
+        solver="gptqmodel",
         loss=float(result.loss),
         damp_percent=result.damp_percent,
         num_tokens=hessian.num_tokens,
@@ -158,6 +159,7 @@ def _solved(
     )
     stats = QuantStats(
         method="gptq",
+        solver="s2quant",
         loss=found.loss / hessian.num_tokens,
         damp_percent=settings.damp_percent,
         num_tokens=hessian.num_tokens,

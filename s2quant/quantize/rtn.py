@@ -73,6 +73,7 @@ def rtn_quantize(weight: Tensor, settings: LinearSettings, name: str = "weight")
     )
     stats = QuantStats(
         method="rtn",
+        solver=None,
         loss=None,
         damp_percent=None,
         num_tokens=0,

@@ -11,6 +11,7 @@ class QuantStats:
 
     Args:
         method: What was really done: "gptq" or "rtn".
+        solver: Whose GPTQ it was: "s2quant" or "gptqmodel"; None for round-to-nearest.
         loss: GPTQ's squared error, weighted by the Hessian, per calibration token; None for round-to-nearest.
         damp_percent: Damping really used; None for round-to-nearest.
         num_tokens: Calibration positions in the Hessian.
@@ -23,6 +24,7 @@ class QuantStats:
     """
 
     method: str
+    solver: str | None
     loss: float | None
     damp_percent: float | None
     num_tokens: int

@@ -166,7 +166,10 @@ def test_act_order_is_said_even_if_most_linears_have_none(tmp_path: Path) -> Non
 
 def test_release_settings_at_the_real_size() -> None:
     plan = make_plan(load_recipe(REPOSITORY / "recipes" / "s2-pro-w4a16.yaml"), S2Config.from_json(s2_pro_config()))
-    quantization = quantization_config(plan)
+    quantization = quantization_config(plan, [{"solver": "s2quant"}, {"solver": None}])
+    assert [maker.partition(":")[0] for maker in quantization["meta"]["quantizer"]] == ["s2quant"]
+    both = quantization_config(plan, [{"solver": "s2quant"}, {"solver": "gptqmodel"}])["meta"]["quantizer"]
+    assert [maker.partition(":")[0] for maker in both] == ["s2quant", "gptqmodel"]
     assert len(quantization["dynamic"]) == 9 + 21
     assert "-:^text_model\\.model\\.layers\\.34\\.attention\\.wo$" in quantization["dynamic"]
     assert not re.match(

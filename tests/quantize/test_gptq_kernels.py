@@ -191,6 +191,7 @@ def test_whole_linears_are_gptqmodels(order, dead, monkeypatch):
     assert torch.allclose(ours.scales.float(), theirs.scales.float(), rtol=1e-2)
     assert stats.loss == pytest.approx(wanted.loss, rel=1e-3)
     assert (stats.num_dead, stats.num_one_sided) == (wanted.num_dead, wanted.num_one_sided)
+    assert (stats.solver, wanted.solver) == ("s2quant", "gptqmodel")
     assert stats.num_dead == dead and stats.fallback is None and stats.damp_percent == 0.05
     if order == "desc_act":
         assert not torch.equal(ours.g_idx, ours.g_idx.sort().values)

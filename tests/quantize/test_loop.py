@@ -191,7 +191,7 @@ def test_records_and_shared_order(tmp_path: Path, checkpoint: Checkpoint, batche
     assert done == [f"{BLOCKS}.0", f"{BLOCKS}.1"]  # what comes after the last quantized module is not run
     assert num_stages(plan) == 2
     for record in records:
-        assert record["method"] == "gptq"
+        assert (record["method"], record["solver"]) == ("gptq", "gptqmodel")
         assert record["fallback"] is None
         assert record["num_tokens"] == 40 + 64 + 30 + 50  # padding and held-out sequences are not in it
         assert record["held_rows"] == 45
