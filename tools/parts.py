@@ -35,8 +35,7 @@ SOLVER = (
     "s2quant.quantize.gptq:prepare",
     "s2quant.quantize.gptq:solve",
     "s2quant.quantize.solver:inverse_factor",
-    "s2quant.quantize.kernels:block_scales",
-    "s2quant.quantize.kernels:block_codes",
+    "s2quant.quantize.kernels:quantize_block",
 )
 
 

@@ -1,10 +1,10 @@
 # mypy: disallow-untyped-decorators=false, disallow-untyped-defs=false, disallow-incomplete-defs=false
 # ruff: noqa: ANN001, ANN201 (what Triton compiles has no types to write down)
-"""What GPTQ does column by column, as two Triton kernels: scales of the groups of a block, and its columns in order.
+"""What GPTQ does column by column, as a Triton kernel: scales of the groups of a block, then its columns in order.
 
-Both do gptqmodel's operations one by one in float32, each rounded to nearest: no multiplication is fused with an
-addition (`enable_fp_fusion`), divisions are exact. So they give the bits of its own loops, which take dozens of
-launches and five waits for the GPU per group, and of its CUDA kernel, which has to be compiled by nvcc.
+It does gptqmodel's operations one by one in float32, each rounded to nearest: no multiplication is fused with an
+addition (`enable_fp_fusion`), divisions are exact. So it gives the bits of its own loops, which take dozens of launches
+and five waits for the GPU per group, and of its CUDA kernel, which has to be compiled by nvcc.
 
 Legend: M outputs, K inputs, G groups.
 """
@@ -22,16 +22,10 @@ BEYOND = tl.constexpr(1024.0)  # steps from zero; no code is there
 
 
 @triton.jit
-def scales_kernel(
-    weight, scales, num_one_sided, num_rows, stride, first_group, top, GROUP: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Find the symmetric scale of each row of a group, twice gptqmodel's where no weight is negative."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = first_group + tl.program_id(1)
-    inside = row < num_rows
-    column = group * GROUP + tl.arange(0, GROUP)
-    values = tl.load(weight + row.to(tl.int64)[:, None] * stride + column[None, :], inside[:, None], 0.0)
-    least, most = tl.min(values, axis=1), tl.max(values, axis=1)
+def scale_of(values, mine, top):
+    """Find the symmetric scale of each row's columns of a group, twice gptqmodel's where no weight is negative."""
+    least = tl.min(tl.where(mine, values, float("inf")), axis=1)
+    most = tl.max(tl.where(mine, values, -float("inf")), axis=1)
     low, high = tl.minimum(least, 0.0), tl.maximum(most, 0.0)
     high = tl.maximum(tl.abs(low), high)
     low = tl.where(low < 0, -high, low)
@@ -39,13 +33,12 @@ def scales_kernel(
     low, high = tl.where(empty, -1.0, low), tl.where(empty, 1.0, high)
     found = tl.div_rn(high - low, tl.zeros_like(high) + top)
     one_sided = (least >= 0) & (most > 0)
-    tl.store(scales + group.to(tl.int64) * num_rows + row, tl.where(one_sided, found * 2, found), inside)
-    tl.atomic_add(num_one_sided, tl.sum((one_sided & inside).to(tl.int64)))
+    return tl.where(one_sided, found * 2, found), one_sided
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "count"])
 def block_kernel(
-    weight, factor, scales, codes, errors, losses, num_rows, num_columns, start, count, top, middle,
+    weight, factor, scales, codes, errors, losses, num_one_sided, num_rows, num_columns, start, count, top, middle,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Quantize the columns of a block in their order, each error spread over the columns after it."""
@@ -55,18 +48,28 @@ def block_kernel(
     whole = inside[:, None] & (column < count)[None, :]
     place = row[:, None] * num_columns + start + column[None, :]
     values = tl.load(weight + place, whole, 0.0)
+    steps, found = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS,), tl.int64)
+    for group in tl.static_range(BLOCK // GROUP):
+        if group * GROUP < count:
+            mine = (column // GROUP == group)[None, :]
+            step, one_sided = scale_of(values, mine, top)
+            tl.store(scales + (start // GROUP + group).to(tl.int64) * num_rows + row, step, inside)
+            found += (one_sided & inside).to(tl.int64)
+            steps = tl.where(mine, step[:, None], steps)
+    tl.atomic_add(num_one_sided, tl.sum(found))
     all_codes = tl.zeros((ROWS, BLOCK), tl.float32)
     all_errors = tl.zeros((ROWS, BLOCK), tl.float32)
     all_losses = tl.zeros((ROWS, BLOCK), tl.float32)
     for pivot in range(count):
         here = (column == pivot)[None, :]
         value = tl.sum(tl.where(here, values, 0.0), axis=1)
-        step = tl.load(scales + ((start + pivot) // GROUP).to(tl.int64) * num_rows + row, inside, 1.0)
+        step = tl.sum(tl.where(here, steps, 0.0), axis=1)
         diagonal = factor + (start + pivot).to(tl.int64) * num_columns + start
         pivotal = tl.zeros_like(value) + tl.load(diagonal + pivot)
-        steps = tl.div_rn(value, step)
-        steps = tl.where(steps > BEYOND, BEYOND, tl.where(steps < -BEYOND, -BEYOND, steps))  # keeps what is no number
-        code = (steps + TO_NEAREST) - TO_NEAREST + middle
+        place_on_grid = tl.div_rn(value, step)
+        place_on_grid = tl.where(place_on_grid > BEYOND, BEYOND, place_on_grid)  # keeps what is no number
+        place_on_grid = tl.where(place_on_grid < -BEYOND, -BEYOND, place_on_grid)
+        code = (place_on_grid + TO_NEAREST) - TO_NEAREST + middle
         code = tl.where(code > top, top, tl.where(code < 0, 0.0, code))
         residual = value - step * (code - middle)
         error = tl.div_rn(residual, pivotal)
@@ -81,57 +84,40 @@ def block_kernel(
     tl.store(losses + row, tl.load(losses + row, inside, 0.0) + tl.sum(all_losses, axis=1), inside)
 
 
-def block_scales(
-    weight: Tensor, scales: Tensor, num_one_sided: Tensor, start: int, count: int, group_size: int, top: int
-) -> None:
-    """Find the scales of the groups of a block.
-
-    Args:
-        weight: float32 [M, K], contiguous.
-        scales: float32 [G, M], filled for these groups.
-        num_one_sided: int64 [], to which groups (of one output) without a negative weight, and with a positive one,
-            are added.
-        start: First column of the block, where a group begins.
-        count: Its columns, whole groups.
-        group_size: Columns of a group: a power of two.
-        top: Largest code.
-    """
-    assert start % group_size == count % group_size == 0 and weight.is_contiguous(), (start, count, group_size)
-    grid = (triton.cdiv(len(weight), ROWS), count // group_size)
-    scales_kernel[grid](
-        weight, scales, num_one_sided, len(weight), weight.shape[1], start // group_size, float(top),
-        GROUP=group_size, ROWS=ROWS, num_warps=ROWS, enable_fp_fusion=False,
-    )  # fmt: skip
-
-
-def block_codes(
+def quantize_block(
     weight: Tensor,
     factor: Tensor,
     scales: Tensor,
     codes: Tensor,
     errors: Tensor,
     losses: Tensor,
+    num_one_sided: Tensor,
     start: int,
     count: int,
     group_size: int,
     top: int,
 ) -> None:
-    """Quantize the columns of a block.
+    """Find the scales of a block's groups, and quantize its columns.
 
     Args:
         weight: float32 [M, K], contiguous.
         factor: float32 [K, K], contiguous: the Cholesky factor of the inverse Hessian, upper triangular.
-        scales: float32 [G, M].
+        scales: float32 [G, M], contiguous, filled for these groups.
         codes: uint8 [M, K], contiguous, filled for these columns.
-        errors: float32 [M, 128], filled: each column's error over the factor's diagonal, 0 beyond the block.
+        errors: float32 [M, 128], contiguous, filled: each column's error over the factor's diagonal, 0 beyond the
+            block.
         losses: float32 [M], to which the squares of those are added; NaN where a weight is no number.
+        num_one_sided: int64 [], to which groups (of one output) without a negative weight, and with a positive one,
+            are added.
         start: First column of the block, where a group begins.
-        count: Its columns, at most 128.
-        group_size: Columns of a group.
+        count: Its columns, whole groups, at most 128.
+        group_size: Columns of a group: a power of two.
         top: Largest code.
     """
-    assert factor.is_contiguous() and errors.shape == (len(weight), BLOCK) and 0 < count <= BLOCK, (start, count)
+    assert start % group_size == count % group_size == 0 and 0 < count <= BLOCK, (start, count, group_size)
+    assert all(tensor.is_contiguous() for tensor in (weight, factor, scales, codes, errors))
     block_kernel[(triton.cdiv(len(weight), ROWS),)](
-        weight, factor, scales, codes, errors, losses, len(weight), weight.shape[1], start, count, float(top),
-        float((top + 1) // 2), GROUP=group_size, BLOCK=BLOCK, ROWS=ROWS, num_warps=ROWS, enable_fp_fusion=False,
+        weight, factor, scales, codes, errors, losses, num_one_sided, len(weight), weight.shape[1], start, count,
+        float(top), float((top + 1) // 2),
+        GROUP=group_size, BLOCK=BLOCK, ROWS=ROWS, num_warps=ROWS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Orders and dead inputs, scales and rounding, blocks of 128 columns: all as gptqmodel 7.6 has them. Different are the
 factor of the inverse Hessian (`s2quant.quantize.factor`), which several linears that share their inputs share as well,
-and the launches: three per block in place of hundreds. A linear alone among its inputs is solved in two halves of its
+and the launches: two per block in place of hundreds. A linear alone among its inputs is solved in two halves of its
 outputs, which do not depend on each other, so that two processes can share it and end with the bits of one. What needs
 more than the damping that was asked for is left to gptqmodel.
 
@@ -137,7 +137,7 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
     Returns:
         The solution.
     """
-    from s2quant.quantize.kernels import BLOCK, block_codes, block_scales  # needs triton
+    from s2quant.quantize.kernels import BLOCK, quantize_block  # needs triton
 
     factor, size, top = prepared.factor, settings.group_size, (1 << settings.bits) - 1
     assert factor is not None
@@ -150,8 +150,7 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
     num_one_sided = torch.zeros((), dtype=torch.int64, device=work.device)
     for start in range(0, num_columns, BLOCK):
         count = min(BLOCK, num_columns - start)
-        block_scales(work, scales, num_one_sided, start, count, size, top)
-        block_codes(work, factor, scales, codes, errors, losses, start, count, size, top)
+        quantize_block(work, factor, scales, codes, errors, losses, num_one_sided, start, count, size, top)
         after = start + count
         if after < num_columns:
             work[:, after:].addmm_(errors, factor[start:after, after:], alpha=-1)

@@ -72,41 +72,40 @@ def gptq_of(rows, columns, bits, group_size):
     return gptq
 
 
-@WITH_TRITON
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 16), (4, 128), (3, 64), (2, 32)])
-def test_scales_are_gptqmodels_mended(bits, group_size):
+def block_of(weight, factor, start, count, group_size, bits):
+    """Run the kernel on the device; give scales, codes, errors, losses and the number of one-sided groups."""
     from s2quant.quantize import kernels
 
-    weight = weights_of(37, 256)
-    gptq, watch, wanted = gptq_of(37, 256, bits, group_size), adapter._Watch(), []
-    adapter._mend_one_sided(gptq.quantizer, watch)
-    for start in range(128, 256, group_size):
-        gptq.quantizer.find_params(weight[:, start : start + group_size], weight=True)
-        wanted.append(gptq.quantizer.scale[:, 0])
-    scales = torch.zeros(256 // group_size, 37, device=DEVICE)
-    count = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    kernels.block_scales(weight.to(DEVICE), scales, count, 128, 128, group_size, (1 << bits) - 1)
-    assert torch.equal(scales[128 // group_size :].cpu(), torch.stack(wanted))
-    assert not scales[: 128 // group_size].any()
-    assert int(count) == int(torch.stack(watch.one_sided).sum()) >= 1
+    rows, columns = weight.shape
+    scales = torch.full((columns // group_size, rows), 5.0, device=DEVICE)
+    codes = torch.full((rows, columns), 99, dtype=torch.uint8, device=DEVICE)
+    errors, losses = torch.full((rows, 128), 7.0, device=DEVICE), torch.ones(rows, device=DEVICE)
+    number = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    kernels.quantize_block(
+        weight.to(DEVICE), factor.to(DEVICE), scales, codes, errors, losses, number,
+        start, count, group_size, (1 << bits) - 1,
+    )  # fmt: skip
+    return scales.cpu(), codes.cpu(), errors.cpu(), losses.cpu(), int(number)
 
 
 @WITH_TRITON
-@pytest.mark.parametrize(("bits", "start", "count"), [(4, 0, 128), (8, 128, 64), (2, 64, 96)])
-def test_a_block_is_gptqmodels_loop(bits, start, count):
-    """gptqmodel's own quantizer, column by column on the CPU."""
-    from s2quant.quantize import kernels
-
-    rows, columns, group_size = 37, 192, 32
+@pytest.mark.parametrize(
+    ("bits", "group_size", "start", "count"),
+    [(4, 32, 0, 128), (8, 16, 128, 64), (2, 32, 64, 96), (4, 128, 128, 128), (3, 64, 0, 128)],
+)
+def test_a_block_is_gptqmodels_loop(bits, group_size, start, count):
+    """gptqmodel's own quantizer, column by column on the CPU, its scales mended."""
+    rows, columns = 37, 256
     weight = weights_of(rows, columns)
-    gptq = gptq_of(rows, columns, bits, group_size)
+    gptq, watch = gptq_of(rows, columns, bits, group_size), adapter._Watch()
+    adapter._mend_one_sided(gptq.quantizer, watch)
     factor = inverse_factor(matrix_of(columns), 0.01)
-    work, wanted, scales = weight.clone(), torch.zeros(3, rows, count), torch.zeros(columns // group_size, rows)
+    work, wanted, grid = weight.clone(), torch.zeros(3, rows, count), torch.full((columns // group_size, rows), 5.0)
     for column in range(count):
         place = start + column
         if place % group_size == 0:
             gptq.quantizer.find_params(weight[:, place : place + group_size], weight=True)
-            scales[place // group_size] = gptq.quantizer.scale.flatten()
+            grid[place // group_size] = gptq.quantizer.scale.flatten()
         value, pivotal = work[:, place], factor[place, place]
         rounded = gptq.quantizer.quantize(value.unsqueeze(1)).flatten()
         residual = value - rounded
@@ -114,31 +113,23 @@ def test_a_block_is_gptqmodels_loop(bits, start, count):
         wanted[1, :, column] = residual / pivotal
         wanted[2, :, column] = residual.square() / pivotal.square()
         work[:, place:] -= wanted[1, :, column].unsqueeze(1) * factor[place, place:]
-    codes = torch.full((rows, columns), 99, dtype=torch.uint8, device=DEVICE)
-    errors, losses = torch.full((rows, 128), 7.0, device=DEVICE), torch.ones(rows, device=DEVICE)
-    kernels.block_codes(
-        weight.to(DEVICE), factor.to(DEVICE), scales.to(DEVICE), codes, errors, losses,
-        start, count, group_size, (1 << bits) - 1,
-    )  # fmt: skip
-    codes, inside = codes.cpu(), slice(start, start + count)
+    scales, codes, errors, losses, number = block_of(weight, factor, start, count, group_size, bits)
+    inside = slice(start, start + count)
+    assert torch.equal(scales, grid)  # those of other groups are left alone
     steps = codes[:, inside].float() - 2 ** (bits - 1)
     assert torch.equal(steps * scales.T.repeat_interleave(group_size, dim=1)[:, inside], wanted[0])
     assert bool((codes[:, :start] == 99).all()) and bool((codes[:, start + count :] == 99).all())
-    assert torch.equal(errors[:, :count].cpu(), wanted[1]) and not errors[:, count:].any()
-    assert torch.allclose(losses.cpu(), 1 + wanted[2].sum(dim=1), rtol=1e-5) and float(wanted[2].max()) > 0
+    assert torch.equal(errors[:, :count], wanted[1]) and not errors[:, count:].any()
+    assert torch.allclose(losses, 1 + wanted[2].sum(dim=1), rtol=1e-5) and float(wanted[2].max()) > 0
+    assert number == int(torch.stack(watch.one_sided).sum()) >= 1
 
 
 @WITH_TRITON
 def test_what_is_no_number_is_seen():
     """As with torch.clamp, it is not rounded to a code in silence."""
-    from s2quant.quantize import kernels
-
-    weight = weights_of(8, 128).to(DEVICE)
+    weight = weights_of(8, 128)
     weight[5, 3] = float("nan")
-    codes = torch.zeros(8, 128, dtype=torch.uint8, device=DEVICE)
-    errors, losses = torch.zeros(8, 128, device=DEVICE), torch.zeros(8, device=DEVICE)
-    one = torch.ones(1, 8, device=DEVICE)
-    kernels.block_codes(weight, torch.eye(128, device=DEVICE), one, codes, errors, losses, 0, 128, 128, 15)
+    losses = block_of(weight, torch.eye(128), 0, 128, 128, 4)[3]
     assert losses.isnan().tolist() == [row == 5 for row in range(8)]
 
 
@@ -265,3 +256,26 @@ def test_a_hessian_is_factored_once(monkeypatch):
     hessian.add(x)
     gptq_quantize(weights_of(16, 128).to(DEVICE), hessian, LinearSettings(damp_percent=0.1))
     assert made == [128] * 3
+
+
+@pytest.mark.skipif(INSIDE, reason="Triton interprets here")
+@pytest.mark.parametrize("group_size", [16, 32, 128])
+def test_compiled_nothing_is_fused_or_approximated(group_size):
+    """For a GPU on a machine without one: else the bits would not be gptqmodel's."""
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.backends.nvidia")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from s2quant.quantize.kernels import BLOCK, ROWS, block_kernel
+
+    names = block_kernel.arg_names
+    sizes = {"GROUP": group_size, "BLOCK": BLOCK, "ROWS": ROWS}
+    types = dict.fromkeys(names, "i32") | dict.fromkeys(("top", "middle"), "fp32") | dict.fromkeys(sizes, "constexpr")
+    types |= dict.fromkeys(("weight", "factor", "scales", "errors", "losses"), "*fp32")
+    types |= {"codes": "*u8", "num_one_sided": "*i64"}
+    source = ASTSource(fn=block_kernel, signature=types, constexprs=sizes)
+    options = {"num_warps": ROWS, "enable_fp_fusion": False}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert "fma." not in ptx and "div.full" not in ptx and "div.approx" not in ptx
+    assert ptx.count("div.rn.f32") >= 4
