@@ -270,7 +270,7 @@ def dense_again(tensors: dict[str, torch.Tensor]) -> None:
         (norm, ["text_model.model.norm: weight differs from the source's"]),
         (gone, [f"{NORM} is missing"]),
         (dense_again, [f"{W2}: not quantized, but there is a record", "104 tensors, 107 planned", "planned 4, 32"]),
-        (lambda tensors: (nibble(tensors), scale(tensors)), [f"{WQKV}: deq", f"{W2}: deq", ": 2 fault(s)"]),
+        (lambda tensors: (nibble(tensors), scale(tensors)), [f"{WQKV}: quant", f"{W2}: quant", ": 2 fault(s)"]),
     ],
 )
 def test_verification_finds_changed_tensors(
