@@ -54,6 +54,11 @@ class QuantizedWeight:
     group_size: int
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, those of the widest elements first."""
+        return {name: getattr(self, name) for name in ("g_idx", "scales", "codes", "zeros")}
+
+    @property
     def out_features(self) -> int:
         """Number of outputs, M."""
         return self.codes.shape[0]

@@ -32,6 +32,7 @@ LIBRARIES = (
     "datasets",
     "soundfile",
     "soxr",
+    "triton",
 )
 RECORD_VERSION = 1
 Arm = Literal["baseline", "model", "floor"]

@@ -38,7 +38,7 @@ class Codec(nn.Module):
 
     Attributes:
         fused: Whether encoder and decoder use the kernels of `s2quant.codec.kernels` where no gradients are wanted;
-            None, the default: on a CUDA device that can (`s2quant.codec.fused.fused_obstacle`).
+            None, the default: on a CUDA device that can (`s2quant.gpu.kernel_obstacle`).
     """
 
     def __init__(self, config: CodecConfig) -> None:

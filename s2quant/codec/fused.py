@@ -13,9 +13,6 @@ arranged weights of the released codec take 97 MB beside it.
 
 from __future__ import annotations
 
-import functools
-import os
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -35,35 +32,9 @@ from s2quant.codec.blocks import (
 )
 from s2quant.codec.memory import Memory
 from s2quant.errors import UserError
+from s2quant.gpu import kernel_obstacle
 
-OLDEST = (8, 0)  # compute capability that Triton supports
 LEAST_STRIDE = 4  # of a transposed convolution of two taps; of stride 2 cuDNN's own is faster (1.3 ms, not 2.1)
-
-
-@functools.cache
-def fused_obstacle(device: torch.device) -> str | None:
-    """Say why the kernels cannot run on a device.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The reason, or None when they can; on a CPU they can where Triton interprets them.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch
-    if device.type != "cuda" and not interpreted:
-        return f"no Triton kernels for {device.type}"
-    try:
-        import s2quant.codec.kernels  # noqa: F401
-    except ImportError as error:
-        return f"triton is not installed ({error})"
-    if interpreted:
-        return None
-    if torch.cuda.get_device_capability(device) < OLDEST:
-        return "a GPU older than Ampere (compute capability 8.0)"
-    if not os.environ.get("CC") and not any(shutil.which(name) for name in ("gcc", "clang")):
-        return "no C compiler, which Triton needs to launch kernels"
-    return None
 
 
 def is_fused(wanted: bool | None, x: Tensor) -> bool:
@@ -85,7 +56,7 @@ def is_fused(wanted: bool | None, x: Tensor) -> bool:
         return False
     if wanted is None and x.device.type != "cuda":
         return False
-    obstacle = fused_obstacle(x.device)
+    obstacle = kernel_obstacle(x.device)
     if wanted and obstacle is not None:
         raise UserError(
             f"the codec's kernels wanted, but: {obstacle}",

@@ -6,8 +6,8 @@ What a run of the 4B model holds on the device, by its sizes (`quantize --plan` 
   progress: 2 x 36 layers x 8 heads x 128 x 2 bytes = 147 kB a position, 0.15 GB at 1024 positions. Eight utterances
   and the codec (1.6 GB) do not fit into 12 GB; two, with voices encoded on the host, do.
 - While it quantizes: one block and the next (0.2 GB each), some copies of the largest Hessian (9728 x 9728 in float32,
-  0.38 GB each), a batch of activations, and the calibration stream (256 x 1024 x 2560 x 2 bytes = 1.3 GB, and 6.4 GB of
-  what its batches are within a block), which can rest on the host.
+  0.38 GB each: up to five while it is summed), a batch of activations, and the calibration stream (256 x 1024 x 2560 x
+  2 bytes = 1.3 GB, and 6.4 GB of what its batches are within a block), which can rest on the host.
 
 So low memory means: fewer utterances at a time, the codec and the stream on the host, where nothing of it is kept
 within a block, smaller shards (a shard is put together on the host), and a cap on what torch may take, so that a run

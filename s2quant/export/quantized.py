@@ -40,7 +40,7 @@ from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import check_gptqmodel
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.store import StageStore
+from s2quant.quantize.store import RUN_VERSION, StageStore
 from s2quant.recipe import Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.runtime.load import device_name, parse_device
@@ -244,6 +244,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Name all that the bytes of the result depend on."""
     return {
+        "run_version": RUN_VERSION,
         "recipe_sha256": recipe.sha256,
         "model_sha256": dict(model_sha256),
         "calibration_key": calibration_key(lines, recipe.calibration, model_sha256),

@@ -39,7 +39,8 @@ def one_ahead(loads: Iterable[Callable[[], nn.Module]], device: torch.device) ->
                 copying.synchronize()
         return module
 
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         waiting: list[Future[nn.Module]] = []
         for step in loads:
             waiting.append(thread.submit(load, step))
@@ -47,6 +48,8 @@ def one_ahead(loads: Iterable[Callable[[], nn.Module]], device: torch.device) ->
                 yield waiting.pop(0).result()
         while waiting:
             yield waiting.pop(0).result()
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

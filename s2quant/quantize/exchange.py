@@ -29,8 +29,7 @@ from s2quant.quantize.stats import QuantStats
 
 T = TypeVar("T")
 Key = TypeVar("Key", int, str)
-WEIGHT_TENSORS = ("g_idx", "scales", "codes", "zeros")  # the widest elements first, so that all lie at multiples
-LANES = 4  # sums of batches that processes share
+LANES = 4  # sums of batches that processes share; more processes than that have no batches, only linears
 Found = tuple[QuantizedWeight, QuantStats]
 """A quantized linear, or some of its outputs, and what happened."""
 Task = Callable[[], Found]
@@ -162,7 +161,7 @@ class Exchange:
             except UserError as error:
                 facts[index] = vars(error)
                 continue
-            sizes = {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in WEIGHT_TENSORS}
+            sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in weight.tensors.items()}
             facts[index] = (stats, sizes, weight.bits, weight.group_size)
         found = self.merge(facts)
         for told in found.values():
@@ -257,7 +256,7 @@ class Exchange:
         """Send one result from its owner to all, its tensors in one piece."""
         stats, sizes, bits, group_size = facts
         if result is not None:
-            pieces = [getattr(result[0], name).to(device).contiguous() for name in sizes]
+            pieces = [tensor.to(device).contiguous() for tensor in result[0].tensors.values()]
             whole = torch.cat([piece.flatten().view(torch.uint8) for piece in pieces])
         else:
             num_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes.values())
@@ -285,7 +284,7 @@ def _checked(
 
 
 def _in_order(counts: Iterable[tuple[int, float]]) -> float:
-    """Add the weights of batches as one process alone does."""
+    """Add the weights of batches one by one; `sum` compensates for rounding since Python 3.12, but not before."""
     total = 0.0
     for _, weight in counts:
         total += weight

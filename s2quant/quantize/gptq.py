@@ -3,9 +3,8 @@
 On a GPU `s2quant.quantize.solver` does gptqmodel's algorithm with kernels of our own, several times as fast; a Hessian
 that needs more than the damping asked for is left to gptqmodel there, too. Elsewhere gptqmodel 7.6 does it. Around it:
 
-- `Hessian` (`s2quant.quantize.hessian`) sums X^T X once for all modules that read the same input (w1 and w3), with
-  gptqmodel's own operations in their order, so results are those of feeding each module's `add_batch`, bit for bit
-  (but for 16-bit inputs on a GPU, see there).
+- `Hessian` (`s2quant.quantize.hessian`) sums X^T X once for all modules that read the same input (w1 and w3). Each
+  batch's is what `add_batch` computes, bit for bit (but for 16-bit inputs on a GPU, see there).
 - The codes are recovered from its dequantized float32 weight and float32 scales, exactly; the scales are then
   rounded to float16, and everything downstream uses the rounded ones.
 - Whatever gptqmodel does silently is looked for afterwards: round-to-nearest or zeros in place of GPTQ, grown
@@ -42,10 +41,11 @@ import torch
 from torch import Tensor, nn
 
 from s2quant.errors import UserError
+from s2quant.gpu import kernel_obstacle
 from s2quant.packing import QuantizedWeight, symmetric_zero
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.rtn import check_weight, rtn_quantize, store_scales
-from s2quant.quantize.solver import Solution, gpu_obstacle, prepare, solve
+from s2quant.quantize.solver import Solution, prepare, solve
 from s2quant.quantize.stats import QuantStats
 from s2quant.recipe import LinearSettings
 
@@ -97,7 +97,7 @@ def gptq_quantize(
     assert hessian.in_features == weight.shape[1], (name, hessian.in_features, weight.shape)
     if hessian.num_tokens == 0:
         return _without_gptq(weight, settings, name, strict, "no calibration positions reached it", 0, 0)
-    if gpu_obstacle(weight.device) is None:
+    if kernel_obstacle(weight.device) is None:
         start = time.perf_counter()
         prepared = prepare(hessian, settings, weight.device)
         if prepared.factor is not None:
@@ -145,8 +145,8 @@ def _solved(
     weight: Tensor, found: Solution, hessian: Hessian, settings: LinearSettings, name: str, strict: bool, start: float
 ) -> tuple[QuantizedWeight, QuantStats]:
     """Put a solution of our own into the form of storage."""
-    if not math.isfinite(found.loss):
-        reason = "the result is not finite"
+    if not math.isfinite(found.loss) or found.is_lost:
+        reason = "every quantized weight is zero" if found.is_lost else "the result is not finite"
         return _without_gptq(weight, settings, name, strict, reason, hessian.num_tokens, found.num_dead)
     stored = store_scales(found.scales, name)
     quantized = QuantizedWeight(
@@ -291,7 +291,8 @@ def _refuse(name: str, reason: str) -> None:
 def check_gptqmodel(device: torch.device) -> None:
     """Find gptqmodel, so that what is wrong with it is said before hours of work.
 
-    Where every linear is its, it is imported, which takes seconds; on a GPU it may not be needed at all.
+    Where every linear is its, it is imported, which takes seconds. On a GPU that happens only with the first Hessian
+    that needs more than the damping asked for; until then only its version is known.
 
     Args:
         device: Where linears will be quantized.
@@ -300,7 +301,7 @@ def check_gptqmodel(device: torch.device) -> None:
         UserError: It is not installed, or of another version.
     """
     _check_version()
-    if gpu_obstacle(device) is not None:
+    if kernel_obstacle(device) is not None:
         _import_gptqmodel()
 
 

@@ -2,9 +2,8 @@
 
 H = 2 sum(w x x^T) / sum(w) over positions x with weight w. Without weights w is 1, and a batch's product is bit for bit
 what gptqmodel computes, but for inputs of 16 bits on a GPU: its tensor cores multiply the same exact products, and add
-them up in float32 in another order, much faster (reports/2026-11-26-targets). The sum goes batch by batch in the order
-of the batches. A batch's own product depends on nothing else, so several processes can each compute some, and adding
-them in that same order gives the same bits.
+them up in float32 in another order, much faster (reports/2026-11-26-targets). A batch's own product depends on nothing
+else, so several processes can each compute some; in which order they are added, `Exchange.sum` says.
 
 Legend: K inputs.
 """

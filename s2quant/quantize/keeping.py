@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.copies import to_host
@@ -87,7 +86,9 @@ class Keeper:
         ready.record(torch.cuda.current_stream(self._device))
 
         def run(function: Callable[..., T], *args: Any) -> T:
-            stream = self._threads.__dict__.setdefault("stream", torch.cuda.Stream(self._device))
+            if not hasattr(self._threads, "stream"):
+                self._threads.stream = torch.cuda.Stream(self._device)
+            stream = self._threads.stream
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 result = function(*args)
@@ -104,11 +105,10 @@ def weight_sha256(weight: QuantizedWeight) -> str:
         weight: The quantized weight.
 
     Returns:
-        sha256 of codes, scales, zeros and g_idx, each with its type and sizes.
+        sha256 of its tensors, each with its name, type and sizes.
     """
     digest = hashlib.sha256()
-    for name in ("codes", "scales", "zeros", "g_idx"):
-        values: Tensor = getattr(weight, name)
+    for name, values in weight.tensors.items():
         digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
         digest.update(to_host(values).view(torch.uint8).numpy().data)
     return digest.hexdigest()

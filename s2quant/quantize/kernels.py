@@ -11,6 +11,7 @@ Legend: M outputs, K inputs, G groups.
 
 from __future__ import annotations
 
+import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
@@ -116,8 +117,9 @@ def quantize_block(
     """
     assert start % group_size == count % group_size == 0 and 0 < count <= BLOCK, (start, count, group_size)
     assert all(tensor.is_contiguous() for tensor in (weight, factor, scales, codes, errors))
-    block_kernel[(triton.cdiv(len(weight), ROWS),)](
-        weight, factor, scales, codes, errors, losses, num_one_sided, len(weight), weight.shape[1], start, count,
-        float(top), float((top + 1) // 2),
-        GROUP=group_size, BLOCK=BLOCK, ROWS=ROWS, num_warps=ROWS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):  # where Triton launches
+        block_kernel[(triton.cdiv(len(weight), ROWS),)](
+            weight, factor, scales, codes, errors, losses, num_one_sided, len(weight), weight.shape[1], start, count,
+            float(top), float((top + 1) // 2),
+            GROUP=group_size, BLOCK=BLOCK, ROWS=ROWS, num_warps=ROWS, enable_fp_fusion=False,
+        )  # fmt: skip

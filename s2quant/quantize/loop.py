@@ -2,11 +2,11 @@
 
 Legend: M out_features, K in_features, rows calibration positions.
 
-One stage is on the device at a time, so peak memory does not depend on depth; the calibration stream may rest on the
-host. Several processes can share the work and end with the same bytes (`s2quant.quantize.exchange`). Inputs of
-each linear are those that the model with everything before it already quantized would see. Every module gets a record:
-what was done, with what damping, over how many tokens, and its output error on held-out rows, with that of
-round-to-nearest beside it.
+One stage is on the device at a time, and the next one's weights, so peak memory does not depend on depth; the
+calibration stream may rest on the host. Several processes can share the work and end with the same bytes
+(`s2quant.quantize.exchange`). Inputs of each linear are those that the model with everything before it already
+quantized would see. Every module gets a record: what was done, with what damping, over how many tokens, and its output
+error on held-out rows, with that of round-to-nearest beside it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from torch.nn import functional as F
 
 from s2quant.checkpoint.layout import FAST
 from s2quant.checkpoint.reader import Checkpoint
+from s2quant.errors import UserError
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.exchange import Exchange, Found
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.keeping import Keeper
-from s2quant.quantize.parts import join_parts, parts_of
 from s2quant.quantize.plan import Plan
+from s2quant.quantize.rows import join_rows, row_ranges
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
 from s2quant.quantize.store import StageStore
@@ -88,10 +89,10 @@ def quantize_stages(
 
     def stages() -> Iterable[Stage]:
         nonlocal stream
-        yield from slow_stages(checkpoint, device, length)
+        yield from slow_stages(checkpoint, device, length, last)
         if fast_wanted:
             stream = fast_stream(checkpoint, stream, batches, device, rest)
-            yield from fast_stages(checkpoint, device)
+            yield from fast_stages(checkpoint, device, last)
 
     found = exchange.once(store.names)
     with Keeper(store if exchange.is_first else None, device) as keeper:
@@ -105,7 +106,7 @@ def quantize_stages(
             if stage.name == last:
                 break
             stream.advance(stage)
-            del stage  # so that its weights are gone before the next one's are loaded
+            del stage  # so that its weights are gone: those of the next stage are there already
         records += exchange.once(before)
     return records
 
@@ -204,14 +205,14 @@ def _quantize_subset(
         return gptq_quantize(weight, hessian, settings, name, strict)
 
     parts = {
-        name: parts_of(_linear(stage, name).weight, len(wanted) == 1 and settings.method == "gptq")
+        name: row_ranges(_linear(stage, name).weight, len(wanted) == 1 and settings.method == "gptq")
         for name, settings in wanted.items()
     }
     tasks = [partial(task, name, wanted[name], rows) for name in wanted for rows in parts[name]]
     found = iter(exchange.solve(tasks, stream.device))
     solved = {}
     for name, settings in wanted.items():
-        whole = join_parts([next(found) for _ in parts[name]], _linear(stage, name).weight, settings, name)
+        whole = join_rows([next(found) for _ in parts[name]], _linear(stage, name).weight, settings, name)
         record = {"module": name, "bits": settings.bits, "group_size": settings.group_size}
         solved[name] = whole[0], record | asdict(whole[1]) | {"hessian_seconds": seconds}
     errors = output_errors(stage, stream, {name: solved[name][0] for name in wanted}, wanted, exchange)
@@ -219,7 +220,7 @@ def _quantize_subset(
 
 
 def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | None = None) -> Hessian:
-    """Sum the Hessian of one linear over the batches that are not held out, in their order.
+    """Sum the Hessian of one linear over the batches that are not held out.
 
     Args:
         stage: The stage.
@@ -259,10 +260,7 @@ def output_errors(
 
     Returns:
         By name held_rows, and output_error and output_error_rtn: ||X (Wq - W)^T|| / ||X W^T|| in float32 (on a GPU
-        Wq - W is rounded to 11 bits for that), None without rows.
-
-    Raises:
-        UserError: A weight is unusable.
+        Wq - W is rounded to 11 bits for that), None without rows, or where rounding to nearest cannot be done.
     """
     exchange = exchange or Exchange()
     counts = {index: stream.num_rows[index] for index in range(stream.num_used, len(stream.values))}
@@ -270,37 +268,37 @@ def output_errors(
     counts = {index: min(count, max(1, round(count * share))) for index, count in counts.items()}
     held = list(filter(exchange.owns_batch, counts))
     first = next(iter(quantized)).removeprefix(f"{stage.name}.")
-    dense = {name: _linear(stage, name).weight.float() for name in quantized}
-    off = {
-        name: [
-            weight.dequantize(torch.float32) - dense[name]
-            for weight in (quantized[name], rtn_quantize(_linear(stage, name).weight, settings[name])[0])
-        ]
-        for name in quantized
-        if held
+    matrices = {
+        name: _compared(_linear(stage, name).weight, quantized[name], settings[name]) for name in quantized if held
     }
     squares: dict[int, list[list[float]]] = {}
     for index in held:
         rows = stream.inputs(stage, first, index)[0]
         rows = rows[torch.linspace(0, len(rows) - 1, counts[index], device=rows.device).long()].float()
         with _tensor_cores():
-            found = [
-                torch.stack([F.linear(rows, matrix).norm() for matrix in (dense[name], *off[name])])
-                for name in quantized
-            ]
+            found = [torch.stack([F.linear(rows, matrix).norm() for matrix in matrices[name]]) for name in quantized]
         squares[index] = [[float(length) ** 2 for length in lengths] for lengths in torch.stack(found).tolist()]
-    num_rows = sum(counts.values())
     batches = list(exchange.merge(squares).values())
     errors: dict[str, dict[str, float | int | None]] = {}
     for number, name in enumerate(quantized):
         whole, ours, nearest = (sum(batch[number][kind] for batch in batches) for kind in range(3))
         least = max(whole, 1e-60)
         errors[name] = {
-            "output_error": math.sqrt(ours / least) if num_rows else None,
-            "output_error_rtn": math.sqrt(nearest / least) if num_rows else None,
-            "held_rows": num_rows,
+            "output_error": math.sqrt(ours / least) if batches else None,
+            "output_error_rtn": math.sqrt(nearest / least) if batches and not math.isnan(nearest) else None,
+            "held_rows": sum(counts.values()),
         }
     return errors
+
+
+def _compared(weight: Tensor, quantized: QuantizedWeight, settings: LinearSettings) -> list[Tensor]:
+    """Give a weight, what quantizing adds to it, and what rounding to nearest adds (NaN where it cannot be done)."""
+    dense = weight.float()
+    try:
+        nearest = rtn_quantize(weight, settings)[0].dequantize(torch.float32) - dense
+    except UserError:  # GPTQ did without those weights
+        nearest = torch.full_like(dense, math.nan)
+    return [dense, quantized.dequantize(torch.float32) - dense, nearest]
 
 
 @contextmanager

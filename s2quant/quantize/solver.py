@@ -14,7 +14,6 @@ Legend: M outputs, K inputs, G groups.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -56,6 +55,7 @@ class Solution:
         loss: GPTQ's squared error, weighted by the Hessian, summed up; not finite where something went wrong.
         num_dead: Inputs that were always zero.
         num_one_sided: Groups (of one output) without a negative weight.
+        is_lost: Whether every quantized weight is zero, though not every weight is.
     """
 
     codes: Tensor
@@ -64,22 +64,7 @@ class Solution:
     loss: float
     num_dead: int
     num_one_sided: int
-
-
-def gpu_obstacle(device: torch.device) -> str | None:
-    """Say why linears on a device are not solved here.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The reason, or None when they are.
-    """
-    if device.type != "cuda":
-        return "not on a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
+    is_lost: bool
 
 
 def prepare(hessian: Hessian, settings: LinearSettings, device: torch.device) -> Prepared:
@@ -154,10 +139,9 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
         after = start + count
         if after < num_columns:
             work[:, after:].addmm_(errors, factor[start:after, after:], alpha=-1)
-    facts = torch.stack(
-        [losses.double().sum() / 2, torch.isfinite(scales).all().double(), num_one_sided.double(), prepared.dead.sum()]
-    )
-    loss, finite, one_sided, num_dead = facts.tolist()
+    is_lost = (codes == (top + 1) // 2).all() & weight.any()
+    facts = [losses.double().sum() / 2, torch.isfinite(scales).all(), num_one_sided, prepared.dead.sum(), is_lost]
+    loss, finite, one_sided, num_dead, lost = torch.stack([fact.double() for fact in facts]).tolist()
     return Solution(
         codes=codes[:, torch.argsort(prepared.order)],
         scales=scales[prepared.groups].T,
@@ -165,4 +149,5 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
         loss=loss if finite else math.nan,
         num_dead=int(num_dead),
         num_one_sided=int(one_sided),
+        is_lost=bool(lost),
     )

@@ -1,4 +1,4 @@
-"""The model as stages that fit on a device one at a time, and the calibration stream that flows through them.
+"""The model as stages that go on a device one by one, and the calibration stream that flows through them.
 
 Legend: B batch, T positions, F frames, N codebooks, D width, E width of the Fast AR.
 
@@ -218,17 +218,15 @@ def slow_stream(
         device=device,
         weights=[_position_weights(slow.is_semantic(tokens)[mask], weights, device) for tokens, mask in batches],
         num_rows=[int(mask.sum()) for _, mask in batches],
-        keeps=_keeps(values, checkpoint.config.slow, device, rest),
+        keeps=rest is None and _has_room(values, checkpoint.config.slow),
     )
 
 
-def _keeps(
-    values: Sequence[Tensor | None], config: TransformerConfig, device: torch.device, rest: torch.device | None
-) -> bool:
-    """Tell whether batches rest within a stage: on the device, and if what they are there has room."""
+def _has_room(values: Sequence[Tensor | None], config: TransformerConfig) -> bool:
+    """Tell whether there is room for what this process's batches are within a stage."""
     num_positions = sum(value.shape[:-1].numel() for value in values if value is not None)
     width = 2 * config.dim + max(config.intermediate_size, config.n_head * config.head_dim)
-    return rest in (None, device) and 2 * num_positions * width <= MAX_KEPT_BYTES
+    return 2 * num_positions * width <= MAX_KEPT_BYTES
 
 
 def _position_weights(speech: Tensor, weights: PositionWeights | None, device: torch.device) -> Tensor | None:
@@ -288,7 +286,7 @@ def fast_stream(
         device=device,
         weights=list(nothing),
         num_rows=num_rows,
-        keeps=_keeps(values, config.fast, device, rest),
+        keeps=rest is None and _has_room(values, config.fast),
     )
 
 
@@ -298,34 +296,36 @@ def _frames(begin: int, end: int, tokens: Tensor, mask: Tensor) -> Tensor:
     return wanted[:, 1:].nonzero() + torch.tensor([0, 1])
 
 
-def slow_stages(checkpoint: Checkpoint, device: torch.device, length: int) -> Iterator[Stage]:
+def slow_stages(checkpoint: Checkpoint, device: torch.device, length: int, last: str | None = None) -> Iterator[Stage]:
     """Go through the Slow AR's blocks, loading each when it is asked for.
 
     Args:
         checkpoint: The model.
         device: Where to work.
         length: The most positions of a sequence.
+        last: The stage after which no other is asked for; None: all may be.
 
     Yields:
         One stage per block.
     """
     table = Rotary(checkpoint.config.slow).table(length, device)
-    yield from _block_stages(checkpoint, SLOW, checkpoint.config.slow, device, table, causal_attention)
+    yield from _block_stages(checkpoint, SLOW, checkpoint.config.slow, device, table, causal_attention, last)
 
 
-def fast_stages(checkpoint: Checkpoint, device: torch.device) -> Iterator[Stage]:
+def fast_stages(checkpoint: Checkpoint, device: torch.device, last: str | None = None) -> Iterator[Stage]:
     """Go through the Fast AR's blocks and its head.
 
     Args:
         checkpoint: The model.
         device: Where to work.
+        last: The stage after which no other is asked for; None: all may be.
 
     Yields:
         One stage per block, then the head.
     """
     config = checkpoint.config.fast
     table = Rotary(config).table(checkpoint.config.num_codebooks, device)
-    yield from _block_stages(checkpoint, FAST, config, device, table, softmax_attention)
+    yield from _block_stages(checkpoint, FAST, config, device, table, softmax_attention, last)
     with without_values():
         head = Head(config)
     for name in ("norm", "output"):
@@ -335,9 +335,17 @@ def fast_stages(checkpoint: Checkpoint, device: torch.device) -> Iterator[Stage]
 
 
 def _block_stages(
-    checkpoint: Checkpoint, prefix: str, config: TransformerConfig, device: torch.device, table: Tensor, attend: Attend
+    checkpoint: Checkpoint,
+    prefix: str,
+    config: TransformerConfig,
+    device: torch.device,
+    table: Tensor,
+    attend: Attend,
+    last: str | None,
 ) -> Iterator[Stage]:
     names = [f"{prefix}.layers.{index}" for index in range(config.n_layer)]
+    if last in names:
+        del names[names.index(last) + 1 :]  # or the next one would be loaded ahead
     blocks = one_ahead([partial(_load_block, checkpoint, name, config) for name in names], device)
     for name in names:
         yield _block_stage(name, cast(Block, next(blocks)), table, attend)

@@ -23,6 +23,7 @@ from s2quant.packing import QuantizedWeight, pack, unpack
 from s2quant.quantize.copies import to_host
 
 IDENTITY = "run.json"
+RUN_VERSION = 2  # of what finished stages are and hold; part of what a run must agree in to be gone on with
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 

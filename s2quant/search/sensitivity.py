@@ -32,7 +32,7 @@ from s2quant.files import atomic_folder, check_new, disk_errors, read_json, writ
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.store import StageStore
+from s2quant.quantize.store import RUN_VERSION, StageStore
 from s2quant.recipe import BITS, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
@@ -237,6 +237,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Name all that the result depends on."""
     return {
+        "run_version": RUN_VERSION,
         "recipe_sha256": recipe.sha256,
         "model_sha256": dict(model_sha256),
         "calibration_key": key,

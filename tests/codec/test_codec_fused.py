@@ -289,29 +289,10 @@ def test_on_a_cpu_the_plain_way_is_taken_and_the_other_one_refused(short, monkey
     codes = random_codes(codec.config, 1, 2)
     assert codec.fused is None and torch.equal(codec.decode(codes), short.decode(codes))
     assert codec.encode(uniform("wav", (1, 1, 100))).shape[1] == codec.num_codebooks
-    monkeypatch.setattr(fused, "fused_obstacle", lambda device: f"no Triton kernels for {device.type}")
+    monkeypatch.setattr(fused, "kernel_obstacle", lambda device: f"no Triton kernels for {device.type}")
     codec.fused = True
     with pytest.raises(UserError, match="no Triton kernels for cpu"):
         codec.decode(codes)
-
-
-@pytest.mark.skipif(INSIDE, reason="Triton interprets here")
-def test_why_the_kernels_cannot_run_is_said(monkeypatch):
-    fused.fused_obstacle.cache_clear()
-    assert fused.fused_obstacle(torch.device("cpu")) == "no Triton kernels for cpu"
-    monkeypatch.setitem(sys.modules, "s2quant.codec.kernels", None)
-    assert "triton is not installed" in fused.fused_obstacle(torch.device("cuda", 7))
-    fused.fused_obstacle.cache_clear()
-    monkeypatch.undo()
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "older than Ampere" in fused.fused_obstacle(torch.device("cuda", 7))
-    fused.fused_obstacle.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
-    assert "no C compiler" in fused.fused_obstacle(torch.device("cuda", 7))
-    fused.fused_obstacle.cache_clear()
 
 
 @pytest.mark.skipif(INSIDE, reason="Triton interprets here")

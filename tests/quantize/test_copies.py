@@ -38,6 +38,7 @@ def test_nothing_is_loaded_beyond_what_was_used():
     made, allowed = [], [threading.Event() for _ in range(4)]
     modules = one_ahead(loads(made, allowed), CPU)
     next(modules)
+    assert allowed[1].wait(10)
     modules.close()
     assert made == [0, 1]
     assert list(one_ahead([], CPU)) == []

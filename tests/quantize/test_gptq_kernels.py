@@ -11,7 +11,8 @@ import torch
 
 from s2quant.errors import UserError
 from s2quant.quantize import gptq as adapter
-from s2quant.quantize import parts, solver
+from s2quant.quantize import rows as rows_module
+from s2quant.quantize import solver
 from s2quant.quantize.factor import inverse_factor, inverse_of_lower
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
@@ -159,7 +160,7 @@ def both_ways(weight, hessian, settings, monkeypatch):
     monkeypatch.setenv("GPTQMODEL_DISABLE_GPTQ_CUDA", "1")
     found = []
     for obstacle in (None, "off"):
-        monkeypatch.setattr(adapter, "gpu_obstacle", lambda device, obstacle=obstacle: obstacle)
+        monkeypatch.setattr(adapter, "kernel_obstacle", lambda device, obstacle=obstacle: obstacle)
         found.append(gptq_quantize(weight, hessian, settings))
     return found
 
@@ -191,30 +192,30 @@ def test_whole_linears_are_gptqmodels(order, dead, monkeypatch):
 @WITH_TRITON
 def test_parts_of_a_linear_are_the_whole(monkeypatch):
     """Two halves, each by itself, in another order; also what is said of them."""
-    for module in (adapter, parts):
-        monkeypatch.setattr(module, "gpu_obstacle", lambda device: None)
+    for module in (adapter, rows_module):
+        monkeypatch.setattr(module, "kernel_obstacle", lambda device: None)
     weight, hessian, settings = weights_of(96, 128).to(DEVICE), Hessian(128, "wo"), LinearSettings()
     hessian.add(torch.randn(512, 128, generator=torch.Generator().manual_seed(5)).to(DEVICE))
-    ranges = parts.parts_of(weight, alone=True)
+    ranges = rows_module.row_ranges(weight, alone=True)
     assert ranges == [slice(0, 32), slice(32, 96)]
-    assert parts.parts_of(weight, alone=False) == [slice(0, 96)]
-    assert parts.parts_of(weight[:56], alone=True) == [slice(0, 56)]
+    assert rows_module.row_ranges(weight, alone=False) == [slice(0, 96)]
+    assert rows_module.row_ranges(weight[:56], alone=True) == [slice(0, 56)]
     found = [gptq_quantize(weight[rows], hessian, settings) for rows in reversed(ranges)]
-    joined, stats = parts.join_parts(found[::-1], weight, settings, "wo")
+    joined, stats = rows_module.join_rows(found[::-1], weight, settings, "wo")
     whole, wanted = gptq_quantize(weight, hessian, settings)
     for name in ("codes", "scales", "zeros", "g_idx"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert stats.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert (stats.num_one_sided, stats.max_scale_error) == (wanted.num_one_sided, wanted.max_scale_error)
     rounded = adapter._without_gptq(weight[32:], settings, "wo", False, "a reason", 512, 0)
-    joined, stats = parts.join_parts([found[1], rounded], weight, settings, "wo")
-    assert torch.equal(joined.codes, parts.rtn_quantize(weight, settings)[0].codes)
+    joined, stats = rows_module.join_rows([found[1], rounded], weight, settings, "wo")
+    assert torch.equal(joined.codes, rows_module.rtn_quantize(weight, settings)[0].codes)
     assert stats.method == "rtn" and stats.fallback == "round-to-nearest: a reason" and stats.num_tokens == 512
 
 
 @WITH_TRITON
 def test_a_matrix_that_needs_more_damping_gets_gptqmodels(monkeypatch):
-    monkeypatch.setattr(adapter, "gpu_obstacle", lambda device: None)
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
     hessian = Hessian(128, "wo")
     hessian.add(torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE))
     broken = hessian.matrix()
@@ -225,8 +226,22 @@ def test_a_matrix_that_needs_more_damping_gets_gptqmodels(monkeypatch):
 
 
 @WITH_TRITON
+def test_weights_that_all_become_zero_are_refused(monkeypatch):
+    """Inputs that were always zero: GPTQ sets their weights to zero, and here that is all of them."""
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
+    hessian = Hessian(128, "wo")
+    hessian.add(torch.zeros(256, 128, device=DEVICE))
+    with pytest.raises(UserError, match="every quantized weight is zero"):
+        gptq_quantize(weights_of(16, 128).to(DEVICE), hessian, LinearSettings(), "wo")
+    _, stats = gptq_quantize(weights_of(16, 128).to(DEVICE), hessian, LinearSettings(), strict=False)
+    assert stats.fallback == "round-to-nearest: every quantized weight is zero" and stats.num_dead == 128
+    _, stats = gptq_quantize(torch.zeros(16, 128, device=DEVICE), hessian, LinearSettings())
+    assert stats.fallback is None and stats.method == "gptq"
+
+
+@WITH_TRITON
 def test_a_result_that_is_not_finite_is_refused(monkeypatch):
-    monkeypatch.setattr(adapter, "gpu_obstacle", lambda device: None)
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
     monkeypatch.setattr(solver, "inverse_factor", lambda matrix, damping: torch.full_like(matrix, float("inf")))
     hessian = Hessian(128, "wo")
     hessian.add(torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE))
@@ -246,7 +261,7 @@ def test_a_hessian_is_factored_once(monkeypatch):
         return inverse_factor(matrix, damping)
 
     monkeypatch.setattr(solver, "inverse_factor", counted)
-    monkeypatch.setattr(adapter, "gpu_obstacle", lambda device: None)
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
     hessian, x = Hessian(128, "wo"), torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE)
     hessian.add(x)
     for bits in (4, 8):

@@ -14,15 +14,18 @@ import yaml
 from torch import Tensor
 
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from s2quant.errors import UserError
 from s2quant.model import DualAR, disk_name, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize import loop as loop_module
+from s2quant.quantize import stages as stages_module
 from s2quant.quantize.gptq import Hessian
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.stages import slow_stages
+from s2quant.quantize.rtn import rtn_quantize
+from s2quant.quantize.stages import Stream, slow_stages
 from s2quant.quantize.store import StageStore
-from s2quant.recipe import PositionWeights, load_recipe
+from s2quant.recipe import LinearSettings, PositionWeights, load_recipe
 from s2quant.runtime.load import load_model
 
 CPU = torch.device("cpu")
@@ -176,6 +179,90 @@ def test_killed_anywhere_and_resumed_is_bit_identical(
         for name in names:
             for part, tensor in store.tensors(name).items():
                 assert torch.equal(tensor, other.tensors(name)[part]), (name, part)
+
+
+def test_batches_that_do_not_rest_within_a_stage_end_alike(
+    tmp_path: Path, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step is then reached from the stage's beginning, as with low memory, or where there is no room."""
+    plan = plan_of(tmp_path, checkpoint, RULES)
+    entered: list[int] = []
+    at = Stream._at
+
+    def counted(self: Stream, stage: Any, number: int, index: int) -> Any:
+        entered.append(number - self._within.get(index, (-1,))[0])
+        return at(self, stage, number, index)
+
+    monkeypatch.setattr(Stream, "_at", counted)
+    resting = run(plan, checkpoint, batches, tmp_path / "resting")
+    num_entered = sum(entered)
+    for name, more in (("rest", {"rest": CPU}), ("room", {})):
+        if name == "room":
+            monkeypatch.setattr(stages_module, "MAX_KEPT_BYTES", 0)
+        entered.clear()
+        found = run(plan, checkpoint, batches, tmp_path / name, **more)
+        assert [record["weight_sha256"] for record in found] == [record["weight_sha256"] for record in resting]
+        assert [record["output_error"] for record in found] == [record["output_error"] for record in resting]
+        assert sum(entered) > 1.5 * num_entered
+
+
+def test_output_errors_by_the_definition(
+    tmp_path: Path, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first linear, whose inputs nothing quantized reaches."""
+    name = f"{BLOCKS}.0.attention.wqkv"
+    plan = plan_of(tmp_path, checkpoint, [{"quantize": name}, {"keep": "**"}])
+    record = run(plan, checkpoint, batches, tmp_path / "run")[0]
+    model = load_model(checkpoint, dtype=torch.bfloat16)
+    rows = inputs_of(model, name, *batches[-1]).double()
+    dense = model.get_submodule(module_name(name)).weight.double()
+    quantized = StageStore(tmp_path / "run").load(f"{BLOCKS}.0", {name: (4, 32)})[0][name].dequantize().double()
+    error = (rows @ (quantized - dense).T).norm() / (rows @ dense.T).norm()
+    assert record["output_error"] == pytest.approx(float(error), rel=2e-3)
+    nearest = rtn_quantize(dense.float(), LinearSettings())[0].dequantize().double()
+    error = (rows @ (nearest - dense).T).norm() / (rows @ dense.T).norm()
+    assert record["output_error_rtn"] == pytest.approx(float(error), rel=2e-3)
+
+    monkeypatch.setattr(loop_module, "MAX_HELD_ROWS", 20)
+    thinned = run(plan, checkpoint, batches, tmp_path / "thinned")[0]
+    assert thinned["held_rows"] == 20 and thinned["weight_sha256"] == record["weight_sha256"]
+    assert thinned["output_error"] == pytest.approx(record["output_error"], rel=0.2)
+    assert thinned["output_error"] != record["output_error"]
+
+
+def test_what_cannot_be_rounded_has_no_error_to_compare_with(
+    tmp_path: Path, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ did its part; a figure that is only told of must not undo it."""
+
+    def refused(*args: Any) -> Any:
+        raise UserError("a scale beyond float16", "others", "keep it")
+
+    monkeypatch.setattr(loop_module, "rtn_quantize", refused)
+    plan = plan_of(tmp_path, checkpoint, [{"quantize": f"{BLOCKS}.0.attention.wqkv"}, {"keep": "**"}])
+    record = run(plan, checkpoint, batches, tmp_path / "run")[0]
+    assert record["output_error_rtn"] is None and record["output_error"] > 0
+
+
+def test_a_disk_that_is_full_loses_nothing(
+    tmp_path: Path, checkpoint: Checkpoint, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage is written while nothing else is left to do; the first is there."""
+    plan = plan_of(tmp_path, checkpoint, RULES)
+    save = StageStore.save
+
+    def full(self: StageStore, stage: str, *more: Any) -> None:
+        if stage == f"{BLOCKS}.1":
+            raise UserError("the disk is full", "room", "make some")
+        save(self, stage, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageStore, "save", full)
+        with pytest.raises(UserError, match="disk is full"):
+            run(plan, checkpoint, batches, tmp_path / "run")
+    assert StageStore(tmp_path / "run").names() == [f"{BLOCKS}.0"]
+    resumed, whole = (run(plan, checkpoint, batches, tmp_path / name) for name in ("run", "whole"))
+    assert [record["weight_sha256"] for record in resumed] == [record["weight_sha256"] for record in whole]
 
 
 def test_records_and_shared_order(tmp_path: Path, checkpoint: Checkpoint, batches: list[Any]) -> None:

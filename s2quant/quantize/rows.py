@@ -1,4 +1,4 @@
-"""A linear in parts that different processes quantize.
+"""A linear in ranges of its outputs, which different processes quantize.
 
 Outputs of a linear do not depend on each other once the Hessian is known. How a linear is divided depends on where it
 is quantized, not on how many processes there are, so that they end with the bits of one.
@@ -14,14 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from s2quant.gpu import kernel_obstacle
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.rtn import rtn_quantize
-from s2quant.quantize.solver import gpu_obstacle
 from s2quant.quantize.stats import QuantStats
 from s2quant.recipe import LinearSettings
 
 
-def parts_of(weight: Tensor, alone: bool) -> list[slice]:
+def row_ranges(weight: Tensor, alone: bool) -> list[slice]:
     """Say which outputs of a linear are quantized together.
 
     On a GPU a linear that shares its inputs with no other is quantized in two parts, whoever works on them.
@@ -34,18 +34,18 @@ def parts_of(weight: Tensor, alone: bool) -> list[slice]:
         Ranges of outputs, in order; all but the last are multiples of 32 long.
     """
     rows, half = len(weight), len(weight) // 64 * 32
-    if not alone or not half or gpu_obstacle(weight.device) is not None:
+    if not alone or not half or kernel_obstacle(weight.device) is not None:
         return [slice(0, rows)]
     return [slice(0, half), slice(half, rows)]
 
 
-def join_parts(
+def join_rows(
     parts: Sequence[tuple[QuantizedWeight, QuantStats]], weight: Tensor, settings: LinearSettings, name: str
 ) -> tuple[QuantizedWeight, QuantStats]:
-    """Put the parts of a linear together.
+    """Put the outputs of a linear together.
 
     Args:
-        parts: Each part's weight and what happened, in order.
+        parts: Weight and what happened of each range, in order.
         weight: The whole linear's [M, K].
         settings: What it was to be quantized by.
         name: How messages name it.
