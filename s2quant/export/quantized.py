@@ -37,7 +37,7 @@ from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
-from s2quant.quantize.gptq import check_gptqmodel
+from s2quant.quantize.gptq import check_gptqmodel, warm_up
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.store import RUN_VERSION, StageStore
@@ -119,10 +119,13 @@ def quantize_checkpoint(
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
-    with ThreadPoolExecutor(1) as pool:  # in C, side by side with an import of seconds
+    with ThreadPoolExecutor(1) as pool:  # in C, side by side with what takes seconds once
         hashes = pool.submit(folder_hashes, options.model) if exchange.is_first else None
-        if not finished and any(module.settings and module.settings.method == "gptq" for module in plan.modules):
+        solved = [module.settings for module in plan.modules if module.settings and module.settings.method == "gptq"]
+        if not finished and solved:
             check_gptqmodel(device)
+            warm_up(solved, device)
+            exchange.connect(device)
     model_sha256 = exchange.agree({} if hashes is None else hashes.result())
     identity = _identity(recipe, model_sha256, lines, device, options)
     if finished:
@@ -284,8 +287,10 @@ def _write(
         (details / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
         write_json(details / "records.json", {"modules": list(records)})
         save_set(calibration, details / "calibration.safetensors")
-        write_json(folder / "manifest.json", dict(record) | {"files_sha256": folder_hashes(folder)})
-        verify_quantized(folder, options.model, plan, records)
+        with ThreadPoolExecutor(1) as beside:
+            hashes = beside.submit(folder_hashes, folder)
+            verify_quantized(folder, options.model, plan, records)
+        write_json(folder / "manifest.json", dict(record) | {"files_sha256": hashes.result()})
     with disk_errors(options.out):
         shutil.rmtree(store.folder)
 

@@ -54,6 +54,15 @@ class Exchange:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
+    def connect(self, device: torch.device) -> None:
+        """Send something small, as the first time takes seconds.
+
+        Args:
+            device: Where tensors will be sent from.
+        """
+        if self.world > 1:
+            dist.broadcast(torch.zeros(1, device=device), 0, group=self.group)
+
     def owns(self, index: int) -> bool:
         """Tell whether a linear of a subset, or a group of lines, is this process's.
 

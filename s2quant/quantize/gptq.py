@@ -32,7 +32,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -303,6 +303,23 @@ def check_gptqmodel(device: torch.device) -> None:
     _check_version()
     if kernel_obstacle(device) is not None:
         _import_gptqmodel()
+
+
+def warm_up(settings: Iterable[LinearSettings], device: torch.device) -> None:
+    """Quantize something small on a GPU, so that kernels are compiled and libraries there before hours of work.
+
+    Args:
+        settings: Of the linears that will be quantized.
+        device: Where; nothing is done where gptqmodel quantizes.
+    """
+    if kernel_obstacle(device) is not None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 256, generator=generator).to(device)
+    for chosen in {one.group_size: one for one in settings}.values():
+        hessian = Hessian(256, "what warms up")
+        hessian.add(rows)
+        gptq_quantize(rows[:64], hessian, chosen, hessian.name, strict=False)
 
 
 def _check_version() -> None:

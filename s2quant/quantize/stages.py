@@ -22,7 +22,7 @@ from s2quant.checkpoint.layout import FAST, SLOW
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.layers import RMSNorm, without_values
 from s2quant.model import Attend, Block, FastAR, Rotary, SlowAR, causal_attention, softmax_attention
-from s2quant.quantize.copies import one_ahead
+from s2quant.quantize.copies import one_ahead, to_host
 from s2quant.recipe import PositionWeights
 
 MAX_KEPT_BYTES = 8_000_000_000  # that batches may take within a stage; 256 sequences of 1024 positions take 7.8
@@ -148,7 +148,8 @@ class Stream:
         """
         for index, value in enumerate(self.values):
             if value is not None:
-                self.values[index] = stage.leave(*self._at(stage, len(stage.steps) - 1, index)).to(value.device)
+                output = stage.leave(*self._at(stage, len(stage.steps) - 1, index))
+                self.values[index] = _at_rest(output, value.device)
                 self._within.pop(index, None)
 
     def inputs(self, stage: Stage, linear: str, index: int) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +171,7 @@ class Stream:
         """Take a batch to a step."""
         value = self.values[index]
         assert value is not None, index
-        done, state = self._within.get(index, (-1, (value.to(self.device),)))
+        done, state = self._within.get(index, (-1, (value.to(self.device, non_blocking=True),)))
         assert done <= number, (stage.name, done, number)
         for step in stage.steps[done + 1 : number + 1]:
             state = step.enter(*state)
@@ -208,7 +209,7 @@ def slow_stream(
         weight = checkpoint.dense(f"{name}.{parameter}", device, torch.bfloat16)
         setattr(slow.get_submodule(parameter), "weight", nn.Parameter(weight, requires_grad=False))  # noqa: B010
     values = [
-        slow.embed(tokens.to(device)).to(rest or device) if owns(index) else None
+        _at_rest(slow.embed(tokens.to(device)), rest or device) if owns(index) else None
         for index, (tokens, _) in enumerate(batches)
     ]
     return Stream(
@@ -220,6 +221,11 @@ def slow_stream(
         num_rows=[int(mask.sum()) for _, mask in batches],
         keeps=rest is None and _has_room(values, checkpoint.config.slow),
     )
+
+
+def _at_rest(value: Tensor, rest: torch.device) -> Tensor:
+    """Put a batch where it rests; on the host it is page-locked, if it comes from a GPU, so that it is soon back."""
+    return to_host(value) if rest.type == "cpu" else value.to(rest)
 
 
 def _has_room(values: Sequence[Tensor | None], config: TransformerConfig) -> bool:
@@ -277,7 +283,7 @@ def fast_stream(
         hidden = norm(value[sequence.to(value.device), (position - 1).to(value.device)].to(device))
         codes = tokens[sequence, 1:-1, position].to(device)  # the last code is never read
         inputs = torch.cat([fast.embed_hidden(hidden)[:, None], fast.embed_code(codes)], dim=1)
-        values.append(inputs.to(rest or device))
+        values.append(_at_rest(inputs, rest or device))
     nothing: list[Tensor | None] = [None] * len(values)
     return Stream(
         values=values,

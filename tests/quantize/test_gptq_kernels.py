@@ -252,6 +252,25 @@ def test_a_result_that_is_not_finite_is_refused(monkeypatch):
 
 
 @WITH_TRITON
+def test_kernels_are_warmed_up_for_every_group_size(monkeypatch):
+    seen = []
+    solve = adapter.solve
+
+    def counted(weight, prepared, settings):
+        seen.append(settings.group_size)
+        return solve(weight, prepared, settings)
+
+    monkeypatch.setattr(adapter, "solve", counted)
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: "none here")
+    adapter.warm_up([LinearSettings()], device)
+    assert seen == []
+    monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
+    adapter.warm_up([LinearSettings(), LinearSettings(bits=8, group_size=128), LinearSettings(bits=8)], device)
+    assert seen == [32, 128]
+
+
+@WITH_TRITON
 def test_a_hessian_is_factored_once(monkeypatch):
     """For linears and widths that share it, until inputs are added or the settings differ."""
     made = []
