@@ -134,9 +134,20 @@ class Exchange:
                 return single, torch.zeros(size, size, device=hessian.device)
             return single, sums.pop(lanes[0])
         (owner, left), (other, right) = (self._add_up(hessian, sums, lanes[start::2]) for start in range(2))
+        if owner != other and self.world == 2:
+            return None, self._swapped(left if owner == self.rank else right, 1 - self.rank)
         if owner != other:
             return None, self._sent(hessian, owner, left).add_(self._sent(hessian, other, right))
         return owner, left.add_(right)
+
+    def _swapped(self, mine: Tensor, partner: int) -> Tensor:
+        """Add a partner's matrix to this process's while it gets this one's: a sum of two is the same either way."""
+        theirs = torch.empty_like(mine)
+        ways = ((dist.isend, mine), (dist.irecv, theirs))
+        works = dist.batch_isend_irecv([dist.P2POp(way, matrix, partner, self.group) for way, matrix in ways])
+        for work in works:
+            work.wait()
+        return mine.add_(theirs)
 
     def _sent(self, hessian: Hessian, owner: int | None, matrix: Tensor) -> Tensor:
         """Give all processes a matrix that one has, or all have."""

@@ -168,18 +168,20 @@ def test_linears_in_two_parts_are_solved_by_both(
         assert sha256_file(tmp_path / "two" / name) == sha256_file(tmp_path / "one" / name), name
 
 
-def test_sums_of_three_processes_are_those_of_one():
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_sums_of_several_processes_are_those_of_one(world: int) -> None:
     """And of the lanes written out; fewer rows or batches than processes; an error of one is one of all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     processes = [
-        subprocess.Popen([sys.executable, "-c", SUM, str(rank), "3", str(port)], env=environment) for rank in range(3)
+        subprocess.Popen([sys.executable, "-c", SUM, str(rank), str(world), str(port)], env=environment)
+        for rank in range(world)
     ]
     for process in processes:
         _wait(process)
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0] * world
 
 
 def test_an_error_ends_both(tiny_folder: Path, tmp_path: Path) -> None:
