@@ -31,7 +31,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from s2quant.codec import Codec, CodecStream, load_codec
-from s2quant.codec.fused import fused_obstacle
+from s2quant.gpu import kernel_obstacle
 from s2quant.runtime.chunk_graphs import FIRST_CHUNK_FRAMES, ChunkGraphs
 
 SIZES = "1x4,1x64,8x64,32x16,64x8,64x4"
@@ -59,7 +59,7 @@ class Bench:
         self.codec = load_codec(options.model, options.device)
         self.repeats = options.repeats
         self.cuda = self.codec.device.type == "cuda"
-        self.obstacle = fused_obstacle(self.codec.device)
+        self.obstacle = kernel_obstacle(self.codec.device)
         self.ways = {name: fused for name, fused in WAYS.items() if not fused or self.obstacle is None}
 
     def wait(self) -> None:

@@ -21,6 +21,7 @@ from runtime_cases import passes_in_the_interpreter
 from s2quant.codec import Codec, CodecStream, fused
 from s2quant.codec.blocks import CausalTransposedConv
 from s2quant.errors import UserError
+from s2quant.gpu import kernel_obstacle
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INSIDE else "cuda"
@@ -357,7 +358,7 @@ def test_on_a_gpu_the_kernels_are_used_unasked(tiny, monkeypatch):
     codec, calls = copy.deepcopy(tiny).to("cuda"), []
     decode = fused.decode
     monkeypatch.setattr(fused, "decode", lambda *given: calls.append(given) or decode(*given))
-    assert fused.fused_obstacle(codec.device) is None
+    assert kernel_obstacle(codec.device) is None
     assert isinstance(codec, Codec) and codec.fused is None
     codec.decode(random_codes(TINY, 1, 2))
     assert len(calls) == 1
