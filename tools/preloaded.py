@@ -1,9 +1,9 @@
 """`python tools/preloaded.py [--profile DIR] [--parts DIR] LIBRARY.so ... -- WORDS`: run `s2quant WORDS`, watched.
 
 gptqmodel compiles its kernels unless their operations are there already, in libraries loaded before. With --profile,
-what the host did is written to DIR/profile-RANK.txt: Python's functions by their own time and by all of it (a wait for
-a GPU counts where it is). With --parts, how long the parts of quantizing took, each with its GPU waited for, to
-DIR/parts-RANK.json.
+what the host did is written to DIR/profile-RANK.txt: Python's functions by their own time and by all of it, and the
+package's own (a wait for a GPU counts where it is). With --parts, how long the parts of quantizing took, each with its
+GPU waited for, to DIR/parts-RANK.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-FUNCTIONS = 250  # of each list
+FUNCTIONS = 60  # of each list
 
 
 def main(arguments: list[str]) -> int:
@@ -45,9 +45,10 @@ def main(arguments: list[str]) -> int:
     finally:
         if options.profile is not None:
             with (options.profile / f"profile-{rank}.txt").open("w") as file:
-                stats = pstats.Stats(profile, stream=file).strip_dirs()
+                stats = pstats.Stats(profile, stream=file)
                 for order in ("tottime", "cumulative"):
                     stats.sort_stats(order).print_stats(FUNCTIONS)
+                stats.sort_stats("cumulative").print_stats("s2quant/(quantize|calibrate|export)/", FUNCTIONS)
         if parts is not None:
             from s2quant.files import write_json
 

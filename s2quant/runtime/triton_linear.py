@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s2quant.gpu import kernel_obstacle
 from s2quant.packing import QuantizedWeight
 from s2quant.runtime.kernels.layout import Packed, layout_obstacle
 from s2quant.runtime.linears import QuantizedLinear
@@ -31,14 +32,9 @@ def triton_obstacle(device: torch.device) -> str | None:
     Returns:
         The reason, or None when they can; on a CPU they can where Triton interprets them.
     """
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":  # Triton's own switch
-        return f"no Triton kernels for {device.type}"
-    try:
-        from s2quant.runtime.kernels.launch import INTERPRETED
-    except ImportError as error:
-        return f"triton is not installed ({error})"
-    if INTERPRETED:
-        return None
+    reason = kernel_obstacle(device)
+    if reason is not None or device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return reason
     if torch.cuda.get_device_capability(device) < HOPPER:
         return "a GPU older than Hopper (compute capability 9.0)"
     return None

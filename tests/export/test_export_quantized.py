@@ -362,6 +362,24 @@ def test_a_gptqmodel_that_cannot_be_used_is_said_before_any_speech(
     assert phases == ["hashing the model"] and list(tmp_path.iterdir()) == []
 
 
+def test_what_takes_seconds_once_is_done_before_any_speech(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for the recipe's settings; a run that is stopped there has spoken nothing."""
+    asked: list[int] = []
+
+    def stopped(settings: Any, device: torch.device) -> None:
+        asked.extend(one.group_size for one in settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantized_module, "warm_up", stopped)
+    recipe = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(QuantizeOptions(recipe=recipe, model=tiny_folder, out=tmp_path / "out"))
+    assert set(asked) == {32} and len(asked) == 17
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibration_draws_no_code_that_the_codec_lacks(tiny_folder: Path, tmp_path: Path) -> None:
     small = CodecConfig(**vars(CodecConfig.tiny()) | {"residual_size": 32})
     model = link_copy(tiny_folder, tmp_path / "model")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError
 from s2quant.quantize import gptq as adapter
 from s2quant.quantize import rows as rows_module
@@ -16,7 +18,10 @@ from s2quant.quantize import solver
 from s2quant.quantize.factor import inverse_factor, inverse_of_lower
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
-from s2quant.recipe import LinearSettings
+from s2quant.quantize.loop import quantize_stages
+from s2quant.quantize.plan import make_plan
+from s2quant.quantize.store import StageStore
+from s2quant.recipe import LinearSettings, load_recipe
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -268,6 +273,34 @@ def test_kernels_are_warmed_up_for_every_group_size(monkeypatch):
     monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
     adapter.warm_up([LinearSettings(), LinearSettings(bits=8, group_size=128), LinearSettings(bits=8)], device)
     assert seen == [32, 128]
+
+
+@WITH_TRITON
+def test_a_whole_stage_is_solved_by_ours(tmp_path, tiny_folder, monkeypatch):
+    """Through the loop, with lone linears in two parts; against gptqmodel's on the CPU."""
+    if not INSIDE:
+        pytest.skip("the real size does that on a GPU")
+    checkpoint = open_checkpoint(tiny_folder)
+    rules = [{"quantize": "text_model.model.layers.0.{attention,feed_forward}.w*"}, {"keep": "**"}]
+    recipe = {"name": "one-block", "rules": rules, "calibration": {"source": "x.jsonl"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    plan = make_plan(load_recipe(tmp_path / "recipe.yaml"), checkpoint.config)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randint(0, 400, (2, 11, 200), generator=generator), torch.ones(2, 200, dtype=torch.bool))
+        for _ in range(3)
+    ]
+    found = []
+    for obstacle in (None, "off"):
+        for module in (adapter, rows_module):
+            monkeypatch.setattr(module, "kernel_obstacle", lambda device, obstacle=obstacle: obstacle)
+        store = StageStore.open(tmp_path / str(obstacle), {}, resume=False)
+        found.append(quantize_stages(checkpoint, plan, batches, 1, store, torch.device("cpu")))
+    assert [record["solver"] for record in found[0]] == ["s2quant"] * 5
+    assert [record["solver"] for record in found[1]] == ["gptqmodel"] * 5
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["output_error"] == pytest.approx(theirs["output_error"], rel=0.03), ours["module"]
+        assert ours["output_error"] < ours["output_error_rtn"]
 
 
 @WITH_TRITON
