@@ -241,6 +241,14 @@ class FastDecoder:
         for values in (self.positions, self._drawn, self._made, self._top_k):
             values[target] = values[source]
 
+    def free(self, slot: int) -> None:
+        """Leave a slot empty: frames that have it nonetheless look at little for it.
+
+        Args:
+            slot: The slot; what it holds is not read any more.
+        """
+        self.state.positions[slot] = self.positions[slot] = 0
+
     def ensure(self, capacity: int) -> None:
         """Make room, keeping what is there; graphs are dropped when the cache has to grow.
 
@@ -260,11 +268,12 @@ class FastDecoder:
 
     # ---- frames ------------------------------------------------------------------------------------------------
 
-    def launch(self, count: int) -> Read:
+    def launch(self, count: int, rows: int = 0) -> Read:
         """Make one more frame in each of the first slots, without waiting for it.
 
         Args:
             count: Number of slots.
+            rows: Slots that the frame has at least: those beyond `count` are made in vain.
 
         Returns:
             The columns to come; to be read before NUM_READS more frames are asked for.
@@ -275,7 +284,7 @@ class FastDecoder:
             self._make_noise(slot)
         live = min(max(self.positions[:count]) + 1, self.cache.capacity)
         ranks = self._rank_bucket(count) if self._fused is None else 0  # the fused frame has one graph for any top_k
-        key = (_bucket(count, 1, self.num_slots), self._context_bucket(live), ranks)
+        key = (_bucket(max(count, rows), 1, self.num_slots), self._context_bucket(live), ranks)
         self.replay(key)
         for slot in range(count):
             self.positions[slot] += 1

@@ -112,7 +112,7 @@ def test_frames_are_asked_for_before_the_last_one_is_read(pair, monkeypatch):
     _, fast = pair("shared", 2)
     order = []
     launch, columns = FastDecoder.launch, fast_module.Read.columns
-    monkeypatch.setattr(FastDecoder, "launch", lambda self, n: (order.append("ask"), launch(self, n))[1])
+    monkeypatch.setattr(FastDecoder, "launch", lambda self, *n: (order.append("ask"), launch(self, *n))[1])
     monkeypatch.setattr(fast_module.Read, "columns", lambda self: (order.append("read"), columns(self))[1])
     fast.speak(Request(text="12", seed=1, max_frames=4, ignore_end=True))
     assert order == ["ask", "ask", "read", "ask", "read", "ask", "read", "read"]  # 4 frames, none in vain
@@ -122,7 +122,7 @@ def test_frames_are_asked_for_before_the_last_one_is_read(pair, monkeypatch):
 def test_random_numbers_are_made_in_turns_and_once(pair, monkeypatch, num_slots, many):
     _, fast = pair("shared", num_slots)
     made, launch, fill = [], FastDecoder.launch, Noise.fill
-    monkeypatch.setattr(FastDecoder, "launch", lambda self, n: (made.append(0), launch(self, n))[1])
+    monkeypatch.setattr(FastDecoder, "launch", lambda self, *n: (made.append(0), launch(self, *n))[1])
 
     def noted(noise, block):
         made[-1] += 1
@@ -133,6 +133,23 @@ def test_random_numbers_are_made_in_turns_and_once(pair, monkeypatch, num_slots,
     spoken(fast, requests)
     assert made[0] == num_slots and len(made) == 40
     assert max(made[1:]) == many and sum(made) <= num_slots * (40 // AHEAD + 1)
+
+
+def test_every_frame_of_a_run_has_all_slots_and_empty_ones_look_at_little(pair, monkeypatch):
+    _, fast = pair("shared", 3)
+    seen, replay = [], FastDecoder.replay
+
+    def noted(self, key):
+        replay(self, key)
+        seen.append((key[0], self.state.positions.tolist()))
+
+    monkeypatch.setattr(FastDecoder, "replay", noted)
+    lengths = (4, 30, 7, 9)
+    requests = [Request(text="12", seed=n, max_frames=f, ignore_end=True) for n, f in enumerate(lengths)]
+    assert sorted(speech.codes.shape[1] for speech in spoken(fast, requests)) == sorted(lengths)
+    assert {rows for rows, _ in seen} == {3}
+    longest, *empty = sorted(seen[-1][1], reverse=True)  # one ended 23 frames ago, the other later
+    assert longest > 40 and max(empty) < 24, seen[-1]
 
 
 def test_sampling_parameters_of_all_sizes_meet_in_one_batch(pair):

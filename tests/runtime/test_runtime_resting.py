@@ -110,7 +110,7 @@ def test_a_decoder_whose_run_broke_is_not_taken_up_again(tiny_folder, monkeypatc
     said = engine.speak(request).codes
     first = engine._resting.newest
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
-        patch.setattr(FastDecoder, "launch", lambda self, count: (_ for _ in ()).throw(RuntimeError("broken")))
+        patch.setattr(FastDecoder, "launch", lambda self, *count: (_ for _ in ()).throw(RuntimeError("broken")))
         engine.speak(request)
     assert engine._resting.newest is None
     assert torch.equal(engine.speak(request).codes, said) and engine._resting.newest is not first
