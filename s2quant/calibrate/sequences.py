@@ -33,7 +33,8 @@ from s2quant.runtime.speech import Request, Speech
 FORMAT_VERSION = 1
 METADATA_KEY = "s2quant"
 CODE_DTYPE = torch.int32
-GROUP_ROUNDS = 4
+GROUP_ROUNDS = 4  # lines of a group for each slot, at most: fewer leave slots empty at its end
+LEAST_GROUPS = 4  # into which lines are cut, where each group fills the slots: with fewer, processes idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,8 @@ def make_sequences(
         key: Hash from `calibration_key`.
         voices_folder: Where reference recordings named by lines are.
         progress: Called with the number of lines done.
-        owns: Tells the groups of lines that this process speaks. A group is spoken by itself, GROUP_ROUNDS lines for
-            each of the engine's slots, so that it comes out alike whoever speaks it, and whoever speaks the others.
+        owns: Tells the groups of lines (see `line_groups`) that this process speaks. A group is spoken by itself, so
+            that it comes out alike whoever speaks it, and whoever speaks the others.
         gather: Lets every process speak, and adds what the others spoke.
 
     Returns:
@@ -126,11 +127,11 @@ def make_sequences(
 
     def speak() -> dict[int, Speech]:
         found: dict[int, Speech] = {}
-        size = GROUP_ROUNDS * engine.num_slots
-        for start in (start for start in range(0, len(requests), size) if owns(start // size)):
-            for speech in engine.generate(requests[start : start + size]):
-                found[start + speech.index] = speech
-                progress(len(found))
+        for number, group in enumerate(line_groups([line.text for line in lines], engine.num_slots)):
+            if owns(number):
+                for speech in engine.generate([requests[index] for index in group]):
+                    found[group[speech.index]] = speech
+                    progress(len(found))
         return found
 
     spoken = gather(speak) if settings.codes == "speak" else {}
@@ -153,6 +154,22 @@ def make_sequences(
             "raise calibration.max_frames, or set calibration.require_end: false for a model of random weights",
         )
     return CalibrationSet(ids=tuple(ids), sequences=tuple(sequences), dropped=dict(dropped), key=key)
+
+
+def line_groups(texts: Sequence[str], num_slots: int) -> list[list[int]]:
+    """Cut lines into groups, those of like length together, so that a group's slots are empty at about the same time.
+
+    Args:
+        texts: Of the lines.
+        num_slots: Lines spoken at a time.
+
+    Returns:
+        The lines' numbers by group, the longest texts first; 1 to GROUP_ROUNDS lines for each slot, the fewer the fewer
+        lines there are, as long as they fill the slots; the last group may have less.
+    """
+    order = sorted(range(len(texts)), key=lambda index: (-len(texts[index].encode()), index))
+    size = num_slots * max(1, min(GROUP_ROUNDS, len(texts) // (num_slots * LEAST_GROUPS)))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _requests(

@@ -98,7 +98,7 @@ def calibration_set(
         key,
         recipe.calibration_path.parent,
         lambda done: report("calibration speech", done, len(lines)),
-        exchange.owns,
+        exchange.owns_by_size,
         exchange.gather,
     )
     exchange.once(lambda: save_set(made, path))

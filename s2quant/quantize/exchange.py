@@ -64,7 +64,7 @@ class Exchange:
             dist.broadcast(torch.zeros(1, device=device), 0, group=self.group)
 
     def owns(self, index: int) -> bool:
-        """Tell whether a linear of a subset, or a group of lines, is this process's.
+        """Tell whether a linear of a subset is this process's.
 
         Args:
             index: Its number.
@@ -73,6 +73,18 @@ class Exchange:
             True for every world-th.
         """
         return index % self.world == self.rank
+
+    def owns_by_size(self, index: int) -> bool:
+        """Tell whether a group of lines is this process's, where the first ones are the largest.
+
+        Args:
+            index: Its number.
+
+        Returns:
+            True for every world-th, going back and forth among the processes, so that all have about as much.
+        """
+        turn, place = divmod(index, self.world)
+        return (self.world - 1 - place if turn % 2 else place) == self.rank
 
     def owns_batch(self, index: int) -> bool:
         """Tell whether a batch is this process's.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from s2quant.calibrate.lines import CalibrationLine
 from s2quant.calibrate.sequences import (
     CalibrationSet,
     calibration_key,
+    line_groups,
     load_set,
     make_batches,
     make_sequences,
@@ -19,10 +22,11 @@ from s2quant.calibrate.sequences import (
 )
 from s2quant.errors import UserError
 from s2quant.prompt import build_prompt
+from s2quant.quantize.exchange import Exchange
 from s2quant.recipe import Calibration
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.loading import load_engine
-from s2quant.runtime.speech import Request
+from s2quant.runtime.speech import Request, Speech
 
 LINES = [
     CalibrationLine(id="a", text="Hello there."),
@@ -139,3 +143,35 @@ def test_batches_pad_on_the_right_and_lose_nothing(spoken: CalibrationSet) -> No
             found.append(tokens[row, :, :length])
     want = sorted(spoken.sequences, key=lambda s: s.shape[1])
     assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+
+
+def test_lines_of_like_length_are_spoken_together_and_by_all_processes() -> None:
+    texts = ["x" * (7 * number % 64) for number in range(64)]  # 0 to 63 bytes, in no order
+    groups = line_groups(texts, 8)
+    assert sorted(index for group in groups for index in group) == list(range(64))
+    assert [len(group) for group in groups] == [16, 16, 16, 16]  # two lines for each slot, so that four can share
+    lengths = [[len(texts[index]) for index in group] for group in groups]
+    assert all(min(longer) > max(shorter) for longer, shorter in pairwise(lengths))
+    assert len(line_groups(texts, 2)) == 8 and len(line_groups(texts, 64)) == 1
+    assert [len(group) for group in line_groups(texts[:41], 16)] == [16, 16, 9]
+    owners = [[Exchange(rank=rank, world=2).owns_by_size(index) for index in range(4)] for rank in range(2)]
+    assert owners == [[True, False, False, True], [False, True, True, False]]
+
+
+def test_a_set_does_not_depend_on_who_speaks_which_group(engine: Engine, spoken: CalibrationSet) -> None:
+    parts: list[dict[int, Speech]] = []
+
+    def of(rank: int, gather: Callable[[Callable[[], dict[int, Speech]]], dict[int, Speech]]) -> CalibrationSet:
+        owns = Exchange(rank=rank, world=2).owns_by_size
+        settings = replace(SETTINGS, require_end=False)
+        return make_sequences(engine, LINES, settings, "key", Path(), owns=owns, gather=gather)
+
+    def kept(speak: Callable[[], dict[int, Speech]]) -> dict[int, Speech]:
+        parts.append(speak())
+        return {index: speech for part in parts for index, speech in part.items()}
+
+    with pytest.raises(KeyError):  # the first one has spoken its own share only
+        of(0, kept)
+    both = of(1, kept)
+    assert [len(part) for part in parts] == [2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(both.sequences, spoken.sequences, strict=True))
