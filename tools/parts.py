@@ -34,7 +34,7 @@ QUANTIZING = (
 SOLVER = (
     "s2quant.quantize.gptq:prepare",
     "s2quant.quantize.gptq:solve",
-    "s2quant.quantize.solver:inverse_factor",
+    "s2quant.quantize.solver:upper_factor",
     "s2quant.quantize.kernels:quantize_block",
 )
 

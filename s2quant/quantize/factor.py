@@ -1,9 +1,10 @@
-"""The Cholesky factor of an inverse Hessian, without the inverse.
+"""The factor of a Hessian that GPTQ goes by, without an inverse.
 
-With J the reversal of the order of rows and columns, J H J = L L^T gives H = (J L J) (J L J)^T, where J L J is upper
-triangular. So H^-1 = U^T U with U = J L^-1 J, also upper triangular, and there is only one such factor with a positive
-diagonal. That takes one factorization and the inverse of a triangle, where the usual way takes a factorization, an
-inverse and another factorization, and rounds more often.
+GPTQ is written with U, the upper Cholesky factor of the inverse Hessian: U^T U = H^-1. With J the reversal of the order
+of rows and columns, J H J = L L^T gives H = R R^T, where R = J L J is upper triangular, and so U = R^-1. Within a block
+of columns only the block of U on the diagonal is needed, which is the inverse of R's own; what the columns before a
+block do to it is told by R itself (`s2quant.quantize.solver`). That takes one factorization, where the usual way takes
+a factorization, an inverse and another factorization, and rounds more often.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALL = 256  # sides of the triangles that torch's own solver inverts
 
-
-def inverse_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
-    """Factor the inverse of a matrix that is added to its diagonal first.
+def upper_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
+    """Factor a matrix that is added to its diagonal first, from its last row to its first.
 
     Args:
         matrix: float32 [n, n], symmetric; not changed.
         damping: What is added to the diagonal.
 
     Returns:
-        U, float32 [n, n] upper triangular with U^T U = (matrix + damping I)^-1; None if that is not positive definite.
+        R, float32 [n, n] upper triangular with R R^T = matrix + damping I; None if that is not positive definite.
     """
     damped = matrix.flip(0, 1)
     damped.diagonal().add_(damping)
@@ -30,44 +29,23 @@ def inverse_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
     if int(info):
         return None
     del damped
-    return inverse_of_lower(lower).flip(0, 1).contiguous()
+    return lower.flip(0, 1)
 
 
-def inverse_of_lower(lower: Tensor) -> Tensor:
-    """Invert a lower triangle: small triangles on its diagonal all at once, the rest by products of halves.
+def block_inverses(upper: Tensor, size: int) -> Tensor:
+    """Invert the blocks on the diagonal of an upper triangle; they are the blocks on the diagonal of its inverse.
 
     Args:
-        lower: float32 [n, n], zeros above the diagonal; overwritten.
+        upper: float32 [n, n], zeros below the diagonal.
+        size: Rows of a block.
 
     Returns:
-        Its inverse, in the same memory.
+        float32 [ceil(n / size), size, size]; the last one is filled up with those of the identity.
     """
-    n = len(lower)
-    edges = [*range(0, n, SMALL), n]
-    whole = n // SMALL * SMALL
-    if whole:
-        triangles = torch.stack([lower[start : start + SMALL, start : start + SMALL] for start in edges[: n // SMALL]])
-        for start, inverse in zip(edges, _inverses(triangles), strict=False):
-            lower[start : start + SMALL, start : start + SMALL] = inverse
-    if whole < n:
-        lower[whole:, whole:] = _inverses(lower[None, whole:, whole:])[0]
-    _join(lower, edges)
-    return lower
-
-
-def _inverses(triangles: Tensor) -> Tensor:
-    """Invert lower triangles [B, n, n]."""
-    identity = torch.eye(triangles.shape[-1], dtype=triangles.dtype, device=triangles.device)
-    return torch.linalg.solve_triangular(triangles, identity.expand_as(triangles), upper=False)
-
-
-def _join(lower: Tensor, edges: list[int]) -> None:
-    """Make the inverse of a triangle whose parts on the diagonal, between edges, are inverted already."""
-    if len(edges) <= 2:
-        return
-    middle = len(edges) // 2
-    _join(lower, edges[: middle + 1])
-    _join(lower, edges[middle:])
-    first, half, last = edges[0], edges[middle], edges[-1]
-    below = lower[half:last, first:half]
-    below.copy_(lower[half:last, half:last] @ (below @ lower[first:half, first:half])).neg_()
+    count = -(-len(upper) // size)
+    identity = torch.eye(size, dtype=upper.dtype, device=upper.device).expand(count, -1, -1)
+    blocks = identity.clone()
+    for number, start in enumerate(range(0, len(upper), size)):
+        part = upper[start : start + size, start : start + size]
+        blocks[number, : len(part), : len(part)] = part
+    return torch.linalg.solve_triangular(blocks, identity, upper=True).contiguous()

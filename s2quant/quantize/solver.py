@@ -1,8 +1,10 @@
 """GPTQ on a GPU: gptqmodel's algorithm step by step, without waiting for the GPU on the way.
 
 Orders and dead inputs, scales and rounding, blocks of 128 columns: all as gptqmodel 7.6 has them. Different are the
-factor of the inverse Hessian (`s2quant.quantize.factor`), which several linears that share their inputs share as well,
-and the launches: two per block in place of hundreds. A linear alone among its inputs is solved in two halves of its
+launches, three per block in place of hundreds, and how a block learns of those before it. With H = R R^T, R upper
+triangular, quantized weights Q and D = W - Q for the columns before a block b, the weights of b that are best given
+these are W_b + (D R[before, b]) R_bb^-1: GPTQ's updates, summed up. So the inverse of H is never made, only those of
+its factor's blocks on the diagonal (`s2quant.quantize.factor`); linears that share their inputs share both. A linear alone among its inputs is solved in two halves of its
 outputs, which do not depend on each other, so that two processes can share it and end with the bits of one. What needs
 more than the damping that was asked for is left to gptqmodel.
 
@@ -20,9 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2quant.quantize.factor import inverse_factor
+from s2quant.quantize.factor import block_inverses, upper_factor
 from s2quant.quantize.hessian import Hessian
 from s2quant.recipe import LinearSettings
+
+BLOCK = 128  # columns of a block, as gptqmodel has it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,7 +38,8 @@ class Prepared:
         g_idx: int32 [K], the group of each input.
         groups: int64 [G], for each group the place of its scale among those found.
         dead: bool [K], inputs that were always zero.
-        factor: float32 [K, K], of the inverse Hessian in that order; None: the damping does not suffice.
+        factor: float32 [K, K], R of the Hessian in that order; None: the damping does not suffice.
+        inverses: float32 [blocks, 128, 128], of its blocks on the diagonal; empty without a factor.
     """
 
     order: Tensor
@@ -42,6 +47,7 @@ class Prepared:
     groups: Tensor
     dead: Tensor
     factor: Tensor | None
+    inverses: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,7 +74,7 @@ class Solution:
 
 
 def prepare(hessian: Hessian, settings: LinearSettings, device: torch.device) -> Prepared:
-    """Order the inputs, and factor the inverse Hessian; done once for all linears and widths that share it.
+    """Order the inputs, and factor the Hessian; done once for all linears and widths that share it.
 
     Args:
         hessian: Inputs of the linears; what was prepared is kept with it.
@@ -107,8 +113,10 @@ def _prepare(matrix: Tensor, settings: LinearSettings) -> Prepared:
     else:
         order, g_idx = columns, columns // size
     ordered = matrix[order][:, order]
-    factor = inverse_factor(ordered, settings.damp_percent * ordered.diagonal().mean())
-    return Prepared(order=order, g_idx=g_idx.to(torch.int32), groups=groups, dead=dead, factor=factor)
+    factor = upper_factor(ordered, settings.damp_percent * ordered.diagonal().mean())
+    inverses = torch.empty(0, BLOCK, BLOCK) if factor is None else block_inverses(factor, BLOCK)
+    g_idx = g_idx.to(torch.int32)
+    return Prepared(order=order, g_idx=g_idx, groups=groups, dead=dead, factor=factor, inverses=inverses)
 
 
 def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solution:
@@ -122,7 +130,7 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
     Returns:
         The solution.
     """
-    from s2quant.quantize.kernels import BLOCK, quantize_block  # needs triton
+    from s2quant.quantize.kernels import quantize_block  # needs triton
 
     factor, size, top = prepared.factor, settings.group_size, (1 << settings.bits) - 1
     assert factor is not None
@@ -130,15 +138,23 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
     num_rows, num_columns = work.shape
     scales = torch.empty(num_columns // size, num_rows, device=work.device)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    errors = torch.empty(num_rows, BLOCK, device=work.device)
+    before = torch.zeros_like(work)  # D R so far, of the columns to come
+    updated, differences = (torch.zeros(num_rows, BLOCK, device=work.device) for _ in range(2))
     losses = torch.zeros(num_rows, device=work.device)
     num_one_sided = torch.zeros((), dtype=torch.int64, device=work.device)
-    for start in range(0, num_columns, BLOCK):
-        count = min(BLOCK, num_columns - start)
-        quantize_block(work, factor, scales, codes, errors, losses, num_one_sided, start, count, size, top)
-        after = start + count
+    for number, start in enumerate(range(0, num_columns, BLOCK)):
+        after = min(start + BLOCK, num_columns)
+        count, inverse = after - start, prepared.inverses[number]
+        if start:
+            torch.addmm(
+                work[:, start:after], before[:, start:after], inverse[:count, :count], out=updated[:, :count]
+            )
+        else:
+            updated[:, :count] = work[:, :count]
+        grid = (start, count, size, top)
+        quantize_block(work, updated, inverse, scales, codes, differences, losses, num_one_sided, *grid)
         if after < num_columns:
-            work[:, after:].addmm_(errors, factor[start:after, after:], alpha=-1)
+            before[:, after:].addmm_(differences[:, :count], factor[start:after, after:])
     is_lost = (codes == (top + 1) // 2).all() & weight.any()
     facts = [losses.double().sum() / 2, torch.isfinite(scales).all(), num_one_sided, prepared.dead.sum(), is_lost]
     loss, finite, one_sided, num_dead, lost = torch.stack([fact.double() for fact in facts]).tolist()

@@ -15,7 +15,7 @@ from s2quant.errors import UserError
 from s2quant.quantize import gptq as adapter
 from s2quant.quantize import rows as rows_module
 from s2quant.quantize import solver
-from s2quant.quantize.factor import inverse_factor, inverse_of_lower
+from s2quant.quantize.factor import block_inverses, upper_factor
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.loop import quantize_stages
@@ -68,6 +68,12 @@ def matrix_of(columns, seed=0):
     return x.T @ x / len(x)
 
 
+def exact_factor(matrix):
+    """The upper Cholesky factor of the inverse, of the matrix damped by 0.01, in float64."""
+    damped = matrix.double() + 0.01 * torch.eye(len(matrix))
+    return torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+
+
 def gptq_of(rows, columns, bits, group_size):
     """Make gptqmodel's object, as the adapter does, and give it where its quantizer stands."""
     gptq_class, config_class = adapter._import_gptqmodel()
@@ -79,19 +85,22 @@ def gptq_of(rows, columns, bits, group_size):
 
 
 def block_of(weight, factor, start, count, group_size, bits):
-    """Run the kernel on the device; give scales, codes, errors, losses and the number of one-sided groups."""
+    """Run the kernel on the device; give scales, codes, differences, losses and the number of one-sided groups."""
     from s2quant.quantize import kernels
 
     rows, columns = weight.shape
     scales = torch.full((columns // group_size, rows), 5.0, device=DEVICE)
     codes = torch.full((rows, columns), 99, dtype=torch.uint8, device=DEVICE)
-    errors, losses = torch.full((rows, 128), 7.0, device=DEVICE), torch.ones(rows, device=DEVICE)
-    number = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    differences, losses = torch.full((rows, 128), 7.0, device=DEVICE), torch.ones(rows, device=DEVICE)
+    number, inside = torch.zeros((), dtype=torch.int64, device=DEVICE), slice(start, start + count)
+    updated, inverse = torch.full((rows, 128), 9.0), torch.full((128, 128), 11.0)
+    updated[:, :count], inverse[:count, :count] = weight[:, inside], factor[inside, inside]
+    first = weight + 1  # what the weights were before the blocks before this one changed them
     kernels.quantize_block(
-        weight.to(DEVICE), factor.to(DEVICE), scales, codes, errors, losses, number,
+        first.to(DEVICE), updated.to(DEVICE), inverse.to(DEVICE), scales, codes, differences, losses, number,
         start, count, group_size, (1 << bits) - 1,
     )  # fmt: skip
-    return scales.cpu(), codes.cpu(), errors.cpu(), losses.cpu(), int(number)
+    return scales.cpu(), codes.cpu(), differences.cpu(), losses.cpu(), int(number)
 
 
 @WITH_TRITON
@@ -105,7 +114,7 @@ def test_a_block_is_gptqmodels_loop(bits, group_size, start, count):
     weight = weights_of(rows, columns)
     gptq, watch = gptq_of(rows, columns, bits, group_size), adapter._Watch()
     adapter._mend_one_sided(gptq.quantizer, watch)
-    factor = inverse_factor(matrix_of(columns), 0.01)
+    factor = exact_factor(matrix_of(columns)).float()
     work, wanted, grid = weight.clone(), torch.zeros(3, rows, count), torch.full((columns // group_size, rows), 5.0)
     for column in range(count):
         place = start + column
@@ -119,13 +128,14 @@ def test_a_block_is_gptqmodels_loop(bits, group_size, start, count):
         wanted[1, :, column] = residual / pivotal
         wanted[2, :, column] = residual.square() / pivotal.square()
         work[:, place:] -= wanted[1, :, column].unsqueeze(1) * factor[place, place:]
-    scales, codes, errors, losses, number = block_of(weight, factor, start, count, group_size, bits)
+    scales, codes, differences, losses, number = block_of(weight, factor, start, count, group_size, bits)
     inside = slice(start, start + count)
     assert torch.equal(scales, grid)  # those of other groups are left alone
     steps = codes[:, inside].float() - 2 ** (bits - 1)
     assert torch.equal(steps * scales.T.repeat_interleave(group_size, dim=1)[:, inside], wanted[0])
     assert bool((codes[:, :start] == 99).all()) and bool((codes[:, start + count :] == 99).all())
-    assert torch.equal(errors[:, :count], wanted[1]) and not errors[:, count:].any()
+    assert torch.equal(differences[:, :count], (weight + 1)[:, inside] - wanted[0])
+    assert bool((differences[:, count:] == 7).all())
     assert torch.allclose(losses, 1 + wanted[2].sum(dim=1), rtol=1e-5) and float(wanted[2].max()) > 0
     assert number == int(torch.stack(watch.one_sided).sum()) >= 1
 
@@ -139,22 +149,46 @@ def test_what_is_no_number_is_seen():
     assert losses.isnan().tolist() == [row == 5 for row in range(8)]
 
 
-@pytest.mark.parametrize("n", [1, 5, 64, 1025, 1500])
-def test_the_factor_is_that_of_the_inverse(n):
+@pytest.mark.parametrize("n", [1, 5, 128, 300, 1500])
+def test_the_factor_is_the_inverse_of_gptqs(n):
     matrix = matrix_of(n)
-    factor = inverse_factor(matrix, 0.01)
-    damped = matrix.double() + 0.01 * torch.eye(n)
-    exact = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    factor, exact = upper_factor(matrix, 0.01), exact_factor(matrix)
     assert torch.equal(factor, factor.triu()) and float(factor.diagonal().min()) > 0
-    assert float((factor - exact).norm() / exact.norm()) < 1e-5
-    theirs = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped.float())), upper=True)
-    assert float((factor - exact).norm()) <= 1.1 * float((theirs - exact).norm()) + 1e-6  # not worse than the long way
+    assert float((factor.double() @ exact - torch.eye(n)).abs().max()) < 1e-4
+    inverses, padded = block_inverses(factor, 128), torch.eye(-(-n // 128) * 128, dtype=torch.float64)
+    padded[:n, :n] = exact
+    blocks = torch.stack([padded[start : start + 128, start : start + 128] for start in range(0, n, 128)])
+    assert inverses.shape == blocks.shape and torch.equal(inverses, inverses.triu())
+    theirs = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(matrix + 0.01 * torch.eye(n))), upper=True
+    )
+    padded[:n, :n] = theirs.double()
+    long_way = torch.stack([padded[start : start + 128, start : start + 128] for start in range(0, n, 128)])
+    assert (inverses - blocks).norm() <= 1.1 * (long_way - blocks).norm() + 1e-6 * blocks.norm()  # not worse
 
 
 def test_a_matrix_without_a_factor():
-    assert inverse_factor(-torch.eye(8), 0.01) is None
-    lower = torch.rand(40, 40).tril() + 5 * torch.eye(40)
-    assert torch.allclose(inverse_of_lower(lower.clone()) @ lower, torch.eye(40), atol=1e-5)
+    assert upper_factor(-torch.eye(8), 0.01) is None
+
+
+@WITH_TRITON
+@pytest.mark.parametrize("columns", [128, 416])
+def test_blocks_learn_of_those_before_as_by_gptqs_updates(columns):
+    """Against GPTQ as it is written, in float64: each error is spread over all columns after it by the inverse."""
+    weight, matrix = weights_of(40, columns), matrix_of(columns)
+    settings = LinearSettings(desc_act=False, damp_percent=0.01 / float(matrix.diagonal().mean()))
+    found = solver.solve(weight.to(DEVICE), solver._prepare(matrix.clone().to(DEVICE), settings), settings)
+    factor, work, scales = exact_factor(matrix), weight.double(), found.scales.double().cpu()
+    for column in range(columns):
+        if column % 128 == 0:  # as gptqmodel has it, see gptq.py
+            absmax = work[:, column : column + 128].unflatten(1, (-1, 32)).abs().amax(dim=2)
+            ours = scales[:, column // 32 :][:, : absmax.shape[1]]
+            torch.testing.assert_close(ours[absmax > 0], (2 * absmax / 15)[absmax > 0], rtol=1e-4, atol=0)
+        scale, code = scales[:, column // 32], found.codes[:, column].double().cpu()
+        place = (work[:, column] / scale + 8).clamp(0, 15)
+        assert float((place - code).abs().max()) <= 0.5 + 1e-3, column  # the nearest, given the codes before it
+        error = (work[:, column] - scale * (code - 8)) / factor[column, column]
+        work[:, column:] -= error[:, None] * factor[column, column:]
 
 
 ORDERS = {"desc_act": (True, False), "act_group_aware": (False, True), "natural": (False, False)}
@@ -247,7 +281,7 @@ def test_weights_that_all_become_zero_are_refused(monkeypatch):
 @WITH_TRITON
 def test_a_result_that_is_not_finite_is_refused(monkeypatch):
     monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(solver, "inverse_factor", lambda matrix, damping: torch.full_like(matrix, float("inf")))
+    monkeypatch.setattr(solver, "block_inverses", lambda upper, size: torch.full((1, size, size), float("inf")))
     hessian = Hessian(128, "wo")
     hessian.add(torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE))
     with pytest.raises(UserError, match="not finite"):
@@ -310,9 +344,9 @@ def test_a_hessian_is_factored_once(monkeypatch):
 
     def counted(matrix, damping):
         made.append(len(matrix))
-        return inverse_factor(matrix, damping)
+        return upper_factor(matrix, damping)
 
-    monkeypatch.setattr(solver, "inverse_factor", counted)
+    monkeypatch.setattr(solver, "upper_factor", counted)
     monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
     hessian, x = Hessian(128, "wo"), torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE)
     hessian.add(x)
@@ -334,12 +368,13 @@ def test_compiled_nothing_is_fused_or_approximated(group_size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from s2quant.quantize.kernels import BLOCK, ROWS, block_kernel
+    from s2quant.quantize.kernels import ROWS, block_kernel
+    from s2quant.quantize.solver import BLOCK
 
     names = block_kernel.arg_names
     sizes = {"GROUP": group_size, "BLOCK": BLOCK, "ROWS": ROWS}
     types = dict.fromkeys(names, "i32") | dict.fromkeys(("top", "middle"), "fp32") | dict.fromkeys(sizes, "constexpr")
-    types |= dict.fromkeys(("weight", "factor", "scales", "errors", "losses"), "*fp32")
+    types |= dict.fromkeys(("weight", "updated", "inverse", "scales", "differences", "losses"), "*fp32")
     types |= {"codes": "*u8", "num_one_sided": "*i64"}
     source = ASTSource(fn=block_kernel, signature=types, constexprs=sizes)
     options = {"num_warps": ROWS, "enable_fp_fusion": False}
