@@ -25,14 +25,12 @@ from torch import distributed as dist
 from s2quant.errors import S2QuantError, UserError, VerificationError
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.hessian import Hessian, Product
-from s2quant.quantize.stats import QuantStats
+from s2quant.quantize.rows import Part
 
 T = TypeVar("T")
 Key = TypeVar("Key", int, str)
 LANES = 4  # sums of batches that processes share; more processes than that have no batches, only linears
-Found = tuple[QuantizedWeight, QuantStats]
-"""A quantized linear, or some of its outputs, and what happened."""
-Task = Callable[[], Found]
+Task = Callable[[], Part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +94,21 @@ class Exchange:
             True for all batches of one lane in `world`.
         """
         return index % LANES % self.world == self.rank
+
+    def share_batch(self, index: int, tensor: Tensor) -> Tensor:
+        """Give all processes what the owner of a batch has.
+
+        Args:
+            index: The batch's number.
+            tensor: In its owner, what is sent; in others, of the same shape, type and device, overwritten.
+
+        Returns:
+            It, contiguous.
+        """
+        tensor = tensor.contiguous()
+        if self.world > 1:
+            dist.broadcast(tensor.flatten().view(torch.uint8), index % LANES % self.world, group=self.group)
+        return tensor
 
     def sum(self, hessian: Hessian, num_batches: int, product_of: Callable[[int], Product | None]) -> None:
         """Add the products of all batches, in place; each is computed by the process that owns it.
@@ -170,7 +183,7 @@ class Exchange:
         dist.broadcast(matrix, owner, group=self.group)
         return matrix
 
-    def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Found]:
+    def solve(self, tasks: Sequence[Task], device: torch.device) -> list[Part]:
         """Work on tasks side by side, each in one process, and give all results to all.
 
         Args:
@@ -185,16 +198,16 @@ class Exchange:
         """
         if self.world == 1:
             return [task() for task in tasks]
-        mine: dict[int, Found] = {}
+        mine: dict[int, Part] = {}
         facts: dict[int, Any] = {}
         for index in filter(self.owns, range(len(tasks))):
             try:
-                weight, stats = mine[index] = tasks[index]()
+                part = mine[index] = tasks[index]()
             except UserError as error:
                 facts[index] = vars(error)
                 continue
-            sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in weight.tensors.items()}
-            facts[index] = (stats, sizes, weight.bits, weight.group_size)
+            sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in part.weight.tensors.items()}
+            facts[index] = (part.stats, part.squares, sizes, part.weight.bits, part.weight.group_size)
         found = self.merge(facts)
         for told in found.values():
             _raise(told if isinstance(told, dict) else None)
@@ -284,11 +297,11 @@ class Exchange:
             dist.all_gather_object(parts, mine)
         return dict(sorted(item for part in parts for item in part.items()))
 
-    def _share(self, result: Found | None, facts: Any, owner: int, device: torch.device) -> Found:
+    def _share(self, result: Part | None, facts: Any, owner: int, device: torch.device) -> Part:
         """Send one result from its owner to all, its tensors in one piece."""
-        stats, sizes, bits, group_size = facts
+        stats, squares, sizes, bits, group_size = facts
         if result is not None:
-            pieces = [tensor.to(device).contiguous() for tensor in result[0].tensors.values()]
+            pieces = [tensor.to(device).contiguous() for tensor in result.weight.tensors.values()]
             whole = torch.cat([piece.flatten().view(torch.uint8) for piece in pieces])
         else:
             num_bytes = sum(shape.numel() * dtype.itemsize for shape, dtype in sizes.values())
@@ -299,7 +312,7 @@ class Exchange:
             name: part.view(dtype).view(shape)
             for part, (name, (shape, dtype)) in zip(parts, sizes.items(), strict=True)
         }
-        return QuantizedWeight(**tensors, bits=bits, group_size=group_size), stats
+        return Part(weight=QuantizedWeight(**tensors, bits=bits, group_size=group_size), stats=stats, squares=squares)
 
 
 def _checked(

@@ -11,11 +11,9 @@ error on held-out rows, with that of round-to-nearest beside it.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -23,18 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from s2quant.checkpoint.layout import FAST
 from s2quant.checkpoint.reader import Checkpoint
-from s2quant.errors import UserError
 from s2quant.packing import QuantizedWeight
-from s2quant.quantize.exchange import Exchange, Found
+from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.keeping import Keeper
+from s2quant.quantize.outputs import output_errors, output_squares
 from s2quant.quantize.plan import Plan
-from s2quant.quantize.rows import join_rows, row_ranges
+from s2quant.quantize.rows import Part, join_rows, row_ranges
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
 from s2quant.quantize.store import StageStore
@@ -196,13 +193,16 @@ def _quantize_subset(
     if any(settings.method == "gptq" for settings in wanted.values()):
         hessian = sum_hessian(stage, stream, first, exchange)
     seconds = (time.perf_counter() - started) / len(wanted)
+    held = held_rows(stage, stream, first, exchange)
 
-    def task(name: str, settings: LinearSettings, rows: slice) -> Found:
+    def task(name: str, settings: LinearSettings, rows: slice) -> Part:
         weight = _linear(stage, name).weight[rows]
-        if settings.method != "gptq":
-            return rtn_quantize(weight, settings, name)
-        assert hessian is not None
-        return gptq_quantize(weight, hessian, settings, name, strict)
+        if settings.method == "gptq":
+            assert hessian is not None
+            quantized, stats = gptq_quantize(weight, hessian, settings, name, strict)
+        else:
+            quantized, stats = rtn_quantize(weight, settings, name)
+        return Part(weight=quantized, stats=stats, squares=output_squares(held, weight, quantized, settings))
 
     parts = {
         name: row_ranges(_linear(stage, name).weight, len(wanted) == 1 and settings.method == "gptq")
@@ -214,9 +214,9 @@ def _quantize_subset(
     for name, settings in wanted.items():
         whole = join_rows([next(found) for _ in parts[name]], _linear(stage, name).weight, settings, name)
         record = {"module": name, "bits": settings.bits, "group_size": settings.group_size}
-        solved[name] = whole[0], record | asdict(whole[1]) | {"hessian_seconds": seconds}
-    errors = output_errors(stage, stream, {name: solved[name][0] for name in wanted}, wanted, exchange)
-    return {name: (weight, {**record, **errors[name]}) for name, (weight, record) in solved.items()}
+        record |= asdict(whole.stats) | {"hessian_seconds": seconds} | output_errors(whole.squares)
+        solved[name] = whole.weight, record | {"held_rows": len(held)}
+    return solved
 
 
 def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | None = None) -> Hessian:
@@ -242,74 +242,33 @@ def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | 
     return hessian
 
 
-def output_errors(
-    stage: Stage,
-    stream: Stream,
-    quantized: Mapping[str, QuantizedWeight],
-    settings: Mapping[str, LinearSettings],
-    exchange: Exchange | None = None,
-) -> dict[str, dict[str, float | int | None]]:
-    """Measure how far outputs of quantized linears are from the dense ones' on held-out rows, and by rounding.
+def held_rows(stage: Stage, stream: Stream, linear: str, exchange: Exchange) -> Tensor:
+    """Take rows of one linear's input from the batches that are held out.
 
     Args:
-        stage: The stage, these linears still dense.
+        stage: The stage.
         stream: Its inputs; of the rows held out, about MAX_HELD_ROWS are used, evenly thinned in every batch.
-        quantized: Quantized weights of linears that share their input, by name.
-        settings: What to round to nearest by, by name.
-        exchange: The processes that share the batches; None: this one alone.
+        linear: Relative name of the linear.
+        exchange: The processes that share the batches.
 
     Returns:
-        By name held_rows, and output_error and output_error_rtn: ||X (Wq - W)^T|| / ||X W^T|| in float32 (on a GPU
-        Wq - W is rounded to 11 bits for that), None without rows, or where rounding to nearest cannot be done.
+        float32 [R, K], the same in every process.
     """
-    exchange = exchange or Exchange()
+    module = stage.module.get_submodule(linear)
+    assert isinstance(module, nn.Linear)
     counts = {index: stream.num_rows[index] for index in range(stream.num_used, len(stream.values))}
     share = min(1.0, MAX_HELD_ROWS / max(1, sum(counts.values())))
-    counts = {index: min(count, max(1, round(count * share))) for index, count in counts.items()}
-    held = list(filter(exchange.owns_batch, counts))
-    first = next(iter(quantized)).removeprefix(f"{stage.name}.")
-    matrices = {
-        name: _compared(_linear(stage, name).weight, quantized[name], settings[name]) for name in quantized if held
-    }
-    squares: dict[int, list[list[float]]] = {}
-    for index in held:
-        rows = stream.inputs(stage, first, index)[0]
-        rows = rows[torch.linspace(0, len(rows) - 1, counts[index], device=rows.device).long()].float()
-        with _tensor_cores():
-            found = [torch.stack([F.linear(rows, matrix).norm() for matrix in matrices[name]]) for name in quantized]
-        squares[index] = [[float(length) ** 2 for length in lengths] for lengths in torch.stack(found).tolist()]
-    batches = list(exchange.merge(squares).values())
-    errors: dict[str, dict[str, float | int | None]] = {}
-    for number, name in enumerate(quantized):
-        whole, ours, nearest = (sum(batch[number][kind] for batch in batches) for kind in range(3))
-        least = max(whole, 1e-60)
-        errors[name] = {
-            "output_error": math.sqrt(ours / least) if batches else None,
-            "output_error_rtn": math.sqrt(nearest / least) if batches and not math.isnan(nearest) else None,
-            "held_rows": sum(counts.values()),
-        }
-    return errors
-
-
-def _compared(weight: Tensor, quantized: QuantizedWeight, settings: LinearSettings) -> list[Tensor]:
-    """Give a weight, what quantizing adds to it, and what rounding to nearest adds (NaN where it cannot be done)."""
-    dense = weight.float()
-    try:
-        nearest = rtn_quantize(weight, settings)[0].dequantize(torch.float32) - dense
-    except UserError:  # GPTQ did without those weights
-        nearest = torch.full_like(dense, math.nan)
-    return [dense, quantized.dequantize(torch.float32) - dense, nearest]
-
-
-@contextmanager
-def _tensor_cores() -> Iterator[None]:
-    """Let a GPU's float32 products take TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    found = [torch.empty(0, module.in_features, device=stream.device)]
+    for index, count in counts.items():
+        wanted = min(count, max(1, round(count * share)))
+        if not wanted:
+            continue
+        rows = torch.empty(wanted, module.in_features, dtype=module.weight.dtype, device=stream.device)
+        if exchange.owns_batch(index):
+            inputs = stream.inputs(stage, linear, index)[0]
+            rows = inputs[torch.linspace(0, len(inputs) - 1, wanted, device=rows.device).long()].to(rows.dtype)
+        found.append(exchange.share_batch(index, rows).float())
+    return torch.cat(found)
 
 
 def _linear(stage: Stage, name: str) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""A linear in ranges of its outputs, which different processes quantize.
+"""A linear in ranges of its outputs, which different processes quantize and compare with the dense ones.
 
 Outputs of a linear do not depend on each other once the Hessian is known. How a linear is divided depends on where it
 is quantized, not on how many processes there are, so that they end with the bits of one.
@@ -9,16 +9,32 @@ Legend: M outputs, K inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from s2quant.gpu import kernel_obstacle
 from s2quant.packing import QuantizedWeight
+from s2quant.quantize.outputs import Squares
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.stats import QuantStats
 from s2quant.recipe import LinearSettings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Some outputs of a linear, or all.
+
+    Args:
+        weight: Quantized.
+        stats: What happened.
+        squares: How far its outputs are from the dense ones; None without rows that are held out.
+    """
+
+    weight: QuantizedWeight
+    stats: QuantStats
+    squares: Squares | None = None
 
 
 def row_ranges(weight: Tensor, alone: bool) -> list[slice]:
@@ -39,13 +55,11 @@ def row_ranges(weight: Tensor, alone: bool) -> list[slice]:
     return [slice(0, half), slice(half, rows)]
 
 
-def join_rows(
-    parts: Sequence[tuple[QuantizedWeight, QuantStats]], weight: Tensor, settings: LinearSettings, name: str
-) -> tuple[QuantizedWeight, QuantStats]:
+def join_rows(parts: Sequence[Part], weight: Tensor, settings: LinearSettings, name: str) -> Part:
     """Put the outputs of a linear together.
 
     Args:
-        parts: Weight and what happened of each range, in order.
+        parts: Of each range, in order.
         weight: The whole linear's [M, K].
         settings: What it was to be quantized by.
         name: How messages name it.
@@ -56,26 +70,29 @@ def join_rows(
     Raises:
         UserError: The weight is unusable.
     """
-    weights, stats = [part[0] for part in parts], [part[1] for part in parts]
-    first = stats[0]
     if len(parts) == 1:
         return parts[0]
+    stats, squares = [part.stats for part in parts], [part.squares for part in parts if part.squares is not None]
+    sums = {kind: sum(getattr(part, kind) for part in squares) for kind in ("whole", "ours", "nearest")}
     for failed in stats:
         if failed.method != "gptq":
             rounded, facts = rtn_quantize(weight, settings, name)
             told = {key: getattr(failed, key) for key in ("fallback", "num_tokens", "num_dead")}
-            return rounded, replace(facts, **told)
+            both = Squares(**sums | {"ours": sums["nearest"]}) if squares else None
+            return Part(weight=rounded, stats=replace(facts, **told), squares=both)
+    weights = [part.weight for part in parts]
     joined = replace(
         weights[0],
         codes=torch.cat([part.codes for part in weights]),
         scales=torch.cat([part.scales for part in weights], dim=1),
         zeros=torch.cat([part.zeros for part in weights], dim=1),
     )
-    return joined, replace(
-        first,
+    facts = replace(
+        stats[0],
         loss=sum(part.loss or 0.0 for part in stats),
         seconds=sum(part.seconds for part in stats),
         num_one_sided=sum(part.num_one_sided for part in stats),
         num_subnormal_scales=sum(part.num_subnormal_scales for part in stats),
         max_scale_error=max(part.max_scale_error for part in stats),
     )
+    return Part(weight=joined, stats=facts, squares=Squares(**sums) if squares else None)

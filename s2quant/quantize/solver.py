@@ -4,9 +4,9 @@ Orders and dead inputs, scales and rounding, blocks of 128 columns: all as gptqm
 launches, three per block in place of hundreds, and how a block learns of those before it. With H = R R^T, R upper
 triangular, quantized weights Q and D = W - Q for the columns before a block b, the weights of b that are best given
 these are W_b + (D R[before, b]) R_bb^-1: GPTQ's updates, summed up. So the inverse of H is never made, only those of
-its factor's blocks on the diagonal (`s2quant.quantize.factor`); linears that share their inputs share both. A linear alone among its inputs is solved in two halves of its
-outputs, which do not depend on each other, so that two processes can share it and end with the bits of one. What needs
-more than the damping that was asked for is left to gptqmodel.
+its factor's blocks on the diagonal (`s2quant.quantize.factor`); linears that share their inputs share both. A linear
+alone among its inputs is solved in two halves of its outputs, which do not depend on each other, so that two processes
+can share it and end with the bits of one. What needs more than the damping that was asked for is left to gptqmodel.
 
 Sources: Frantar et al., https://arxiv.org/abs/2210.17323; Gafni et al., https://arxiv.org/abs/2505.14638 (groups
 ordered by their largest input, inputs within theirs).
@@ -146,9 +146,7 @@ def solve(weight: Tensor, prepared: Prepared, settings: LinearSettings) -> Solut
         after = min(start + BLOCK, num_columns)
         count, inverse = after - start, prepared.inverses[number]
         if start:
-            torch.addmm(
-                work[:, start:after], before[:, start:after], inverse[:count, :count], out=updated[:, :count]
-            )
+            torch.addmm(work[:, start:after], before[:, start:after], inverse[:count, :count], out=updated[:, :count])
         else:
             updated[:, :count] = work[:, :count]
         grid = (start, count, size, top)

@@ -19,6 +19,7 @@ from s2quant.quantize.factor import block_inverses, upper_factor
 from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.loop import quantize_stages
+from s2quant.quantize.outputs import output_squares
 from s2quant.quantize.plan import make_plan
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import LinearSettings, load_recipe
@@ -239,15 +240,29 @@ def test_parts_of_a_linear_are_the_whole(monkeypatch):
     assert ranges == [slice(0, 32), slice(32, 96)]
     assert rows_module.row_ranges(weight, alone=False) == [slice(0, 96)]
     assert rows_module.row_ranges(weight[:56], alone=True) == [slice(0, 56)]
-    found = [gptq_quantize(weight[rows], hessian, settings) for rows in reversed(ranges)]
-    joined, stats = rows_module.join_rows(found[::-1], weight, settings, "wo")
-    whole, wanted = gptq_quantize(weight, hessian, settings)
+    held = torch.randn(50, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+
+    def part(rows, quantize=gptq_quantize, more=(hessian, settings)):
+        quantized, stats = quantize(weight[rows], *more)
+        return rows_module.Part(
+            weight=quantized, stats=stats, squares=output_squares(held, weight[rows], quantized, settings)
+        )
+
+    found = [part(rows) for rows in reversed(ranges)]
+    both = rows_module.join_rows(found[::-1], weight, settings, "wo")
+    joined, stats, squares = both.weight, both.stats, both.squares
+    one = part(slice(None))
+    whole, wanted = one.weight, one.stats
+    for kind in ("whole", "ours", "nearest"):
+        assert getattr(squares, kind) == pytest.approx(getattr(one.squares, kind), rel=1e-4), kind
     for name in ("codes", "scales", "zeros", "g_idx"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert stats.loss == pytest.approx(wanted.loss, rel=1e-6)
     assert (stats.num_one_sided, stats.max_scale_error) == (wanted.num_one_sided, wanted.max_scale_error)
-    rounded = adapter._without_gptq(weight[32:], settings, "wo", False, "a reason", 512, 0)
-    joined, stats = rows_module.join_rows([found[1], rounded], weight, settings, "wo")
+    rounded = part(ranges[1], adapter._without_gptq, (settings, "wo", False, "a reason", 512, 0))
+    both = rows_module.join_rows([found[1], rounded], weight, settings, "wo")
+    joined, stats = both.weight, both.stats
+    assert both.squares.ours == both.squares.nearest == pytest.approx(squares.nearest, rel=1e-4)
     assert torch.equal(joined.codes, rows_module.rtn_quantize(weight, settings)[0].codes)
     assert stats.method == "rtn" and stats.fallback == "round-to-nearest: a reason" and stats.num_tokens == 512
 

@@ -18,6 +18,7 @@ from s2quant.errors import UserError
 from s2quant.model import DualAR, disk_name, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize import loop as loop_module
+from s2quant.quantize import outputs as outputs_module
 from s2quant.quantize import stages as stages_module
 from s2quant.quantize.gptq import Hessian
 from s2quant.quantize.loop import num_stages, quantize_stages
@@ -238,7 +239,7 @@ def test_what_cannot_be_rounded_has_no_error_to_compare_with(
     def refused(*args: Any) -> Any:
         raise UserError("a scale beyond float16", "others", "keep it")
 
-    monkeypatch.setattr(loop_module, "rtn_quantize", refused)
+    monkeypatch.setattr(outputs_module, "rtn_quantize", refused)
     plan = plan_of(tmp_path, checkpoint, [{"quantize": f"{BLOCKS}.0.attention.wqkv"}, {"keep": "**"}])
     record = run(plan, checkpoint, batches, tmp_path / "run")[0]
     assert record["output_error_rtn"] is None and record["output_error"] > 0
