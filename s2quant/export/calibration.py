@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,15 @@ def calibration_set(
 
     Args:
         path: Where it is, or will be.
-        recipe: The recipe.
-        checkpoint: The bf16 model.
-        lines: From `calibration_lines`.
+        recipe: As `spoken_set`.
+        checkpoint: As `spoken_set`.
+        lines: As `spoken_set`.
         key: From `calibration_key`.
-        device: Where the model speaks.
-        num_slots: Utterances in progress at a time.
-        exchange: The processes that share the lines; all get the whole set.
-        report: Told of progress.
-        codec_device: Where the voices of lines are encoded; None: on the device.
+        device: As `spoken_set`.
+        num_slots: As `spoken_set`.
+        exchange: As `spoken_set`.
+        report: As `spoken_set`.
+        codec_device: As `spoken_set`.
 
     Returns:
         The set.
@@ -81,6 +82,38 @@ def calibration_set(
     if exchange.agree(path.exists()):
         return stored_set(path, key, checkpoint)
     exchange.once(lambda: check_new(path))
+    made = spoken_set(recipe, checkpoint, lines, device, num_slots, exchange, report, codec_device)
+    return kept_set(made, key, path, exchange)
+
+
+def spoken_set(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    lines: Sequence[CalibrationLine],
+    device: torch.device,
+    num_slots: int,
+    exchange: Exchange,
+    report: Report,
+    codec_device: torch.device | None = None,
+) -> CalibrationSet:
+    """Let the model speak the calibration set.
+
+    Args:
+        recipe: The recipe.
+        checkpoint: The bf16 model.
+        lines: From `calibration_lines`.
+        device: Where the model speaks.
+        num_slots: Utterances in progress at a time.
+        exchange: The processes that share the lines; all get the whole set.
+        report: Told of progress.
+        codec_device: Where the voices of lines are encoded; None: on the device.
+
+    Returns:
+        The set, as yet without a key.
+
+    Raises:
+        UserError: Lines cannot be spoken.
+    """
     codec = None
     if any(line.voice is not None for line in lines):
         codec = load_codec(checkpoint.folder, device=codec_device or device)
@@ -91,18 +124,36 @@ def calibration_set(
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     model = load_model(checkpoint, device)
     engine = Engine(model, tokenizer, codec, num_slots=num_slots, residual_size=residual_size)
-    made = make_sequences(
+    return make_sequences(
         engine,
         lines,
         recipe.calibration,
-        key,
+        "",
         recipe.calibration_path.parent,
         lambda done: report("calibration speech", done, len(lines)),
         exchange.owns_by_size,
         exchange.gather,
     )
-    exchange.once(lambda: save_set(made, path))
-    return made
+
+
+def kept_set(made: CalibrationSet, key: str, path: Path, exchange: Exchange) -> CalibrationSet:
+    """Give a set its key, and keep it.
+
+    Args:
+        made: From `spoken_set`.
+        key: From `calibration_key`.
+        path: Where it will be.
+        exchange: The processes that have it.
+
+    Returns:
+        The set.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    whole = replace(made, key=key)
+    exchange.once(lambda: save_set(whole, path))
+    return whole
 
 
 def stored_set(path: Path, key: str, checkpoint: Checkpoint) -> CalibrationSet:

@@ -27,7 +27,9 @@ from s2quant.export.calibration import (
     calibration_facts,
     calibration_lines,
     calibration_set,
+    kept_set,
     split_batches,
+    spoken_set,
     stored_set,
 )
 from s2quant.export.card import licence_of, model_card
@@ -86,6 +88,11 @@ class QuantizeOptions:
         """Utterances that are really in progress at a time."""
         return min(self.num_slots, LOW_MEMORY_SLOTS) if self.low_memory else self.num_slots
 
+    @property
+    def codec_device(self) -> torch.device | None:
+        """Where voices are encoded; None: on the device."""
+        return torch.device("cpu") if self.low_memory else None
+
 
 def quantize_checkpoint(
     options: QuantizeOptions, report: Report = lambda phase, done, total: None
@@ -119,19 +126,24 @@ def quantize_checkpoint(
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
-    with ThreadPoolExecutor(1) as pool:  # in C, side by side with what takes seconds once
+    # Hashed in C, side by side with what takes seconds once and, where nothing is found that was made before, so that
+    # nothing has to be compared, with the speech.
+    with ThreadPoolExecutor(1) as pool, device_cap(device if options.low_memory else None):
         hashes = pool.submit(folder_hashes, options.model) if exchange.is_first else None
         solved = [module.settings for module in plan.modules if module.settings and module.settings.method == "gptq"]
         if not finished and solved:
             check_gptqmodel(device)
             warm_up(solved, device)
             exchange.connect(device)
-    model_sha256 = exchange.agree({} if hashes is None else hashes.result())
-    identity = _identity(recipe, model_sha256, lines, device, options)
-    if finished:
-        return _finished_records(options.out, identity, exchange)
-    with device_cap(device if options.low_memory else None):
-        store, calibration = _start(options, recipe, checkpoint, lines, identity, device, report)
+        spoken = None
+        if not finished and exchange.once(lambda: _is_fresh(options)):
+            where = (device, options.slots, exchange, report, options.codec_device)
+            spoken = spoken_set(recipe, checkpoint, lines, *where)
+        model_sha256 = exchange.agree({} if hashes is None else hashes.result())
+        identity = _identity(recipe, model_sha256, lines, device, options)
+        if finished:
+            return _finished_records(options.out, identity, exchange)
+        store, calibration = _start(options, recipe, checkpoint, lines, identity, device, report, spoken)
         peak_calibration_bytes = take_peak_bytes(device)
         batches, num_held = split_batches(calibration, recipe, checkpoint.config.pad_id)
         total, done = num_stages(plan), 0
@@ -198,8 +210,9 @@ def _start(
     identity: Mapping[str, Any],
     device: torch.device,
     report: Report,
+    spoken: CalibrationSet | None,
 ) -> tuple[StageStore, CalibrationSet]:
-    """Open the run's folder, and find or make the calibration set in it."""
+    """Open the run's folder, and find, keep or make the calibration set in it."""
     exchange, key, folder = options.exchange, identity["calibration_key"], partial_folder(options.out)
     if options.calibration is not None and options.calibration.exists():
         stored_set(options.calibration, key, checkpoint)
@@ -207,23 +220,23 @@ def _start(
         check_new(options.calibration)
     is_new = not folder.exists()
     store = exchange.once(lambda: StageStore.open(folder, identity, options.resume))
+    path = options.calibration or folder / "calibration.safetensors"
     try:
-        return store, calibration_set(
-            options.calibration or folder / "calibration.safetensors",
-            recipe,
-            checkpoint,
-            lines,
-            key,
-            device,
-            options.slots,
-            exchange,
-            report,
-            torch.device("cpu") if options.low_memory else None,
-        )
+        if spoken is not None:
+            return store, kept_set(spoken, key, path, exchange)
+        where = (device, options.slots, exchange, report, options.codec_device)
+        return store, calibration_set(path, recipe, checkpoint, lines, key, *where)
     except UserError:
         if is_new and exchange.is_first:  # nothing is finished, so there is nothing to resume
             shutil.rmtree(folder)
         raise
+
+
+def _is_fresh(options: QuantizeOptions) -> bool:
+    """Tell whether nothing is there that an earlier run made: no folder of its own, no calibration set."""
+    if options.calibration is not None and not options.calibration.exists():
+        check_new(options.calibration)
+    return not partial_folder(options.out).exists() and not (options.calibration and options.calibration.exists())
 
 
 def partial_folder(out: Path) -> Path:

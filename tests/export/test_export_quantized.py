@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 import json
 import re
 from collections.abc import Callable
@@ -378,6 +379,26 @@ def test_what_takes_seconds_once_is_done_before_any_speech(
         quantize_checkpoint(QuantizeOptions(recipe=recipe, model=tiny_folder, out=tmp_path / "out"))
     assert set(asked) == {32} and len(asked) == 17
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_finds_nothing_speaks_while_the_model_is_hashed(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, waited = threading.Event(), []
+
+    def when_begun(folder: Path) -> dict[str, str]:
+        if folder == tiny_folder:
+            waited.append(begun.wait(60))
+        return folder_hashes(folder)
+
+    def report(phase: str, done: int, total: int) -> None:
+        if phase == "calibration speech":
+            begun.set()
+
+    monkeypatch.setattr(quantized_module, "folder_hashes", when_begun)
+    quantize_checkpoint(options(tiny_folder, tmp_path), report)
+    assert waited == [True]
+    assert read_json(tmp_path / "out" / "manifest.json")["inputs"]["model"]["sha256"] == folder_hashes(tiny_folder)
 
 
 def test_calibration_draws_no_code_that_the_codec_lacks(tiny_folder: Path, tmp_path: Path) -> None:
