@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import threading
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
