@@ -6,16 +6,15 @@ a subset, or parts of one, are solved in turn by different processes, and what o
 batches are shared as the others are.
 
 Identical means bit for bit on devices of one kind with the same number of threads: each product and each solution is
-computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in its
-share is raised in all; other errors, such as a lack of memory, and one in what each does for itself, such as loading,
-are not.
+computed by the same operations on the same numbers, whoever computes it. A `UserError` that one process meets in a
+task of its own, or in what it makes of what all `gather`, is raised in all; other errors, such as a lack of memory, and
+one in what each does for itself, such as loading, are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -95,60 +94,52 @@ class Exchange:
         """
         return index % LANES % self.world == self.rank
 
-    def share_batch(self, index: int, tensor: Tensor) -> Tensor:
-        """Give all processes what the owner of a batch has.
+    def share_batches(self, parts: Mapping[int, Tensor]) -> Tensor:
+        """Give all processes what the owners of batches have.
 
         Args:
-            index: The batch's number.
-            tensor: In its owner, what is sent; in others, of the same shape, type and device, overwritten.
+            parts: By batch [R, K], each what its owner has; in others of the same size and type, overwritten.
 
         Returns:
-            It, contiguous.
+            All, one behind the other; empty [0, 0] without batches.
         """
-        tensor = tensor.contiguous()
         if self.world > 1:
-            dist.broadcast(tensor.flatten().view(torch.uint8), index % LANES % self.world, group=self.group)
-        return tensor
+            for index, part in parts.items():
+                if part.numel():
+                    dist.broadcast(part.view(torch.uint8), index % LANES % self.world, group=self.group)
+        return torch.cat(list(parts.values())) if parts else torch.empty(0, 0)
 
-    def sum(self, hessian: Hessian, num_batches: int, product_of: Callable[[int], Product | None]) -> None:
+    def sum(
+        self, hessian: Hessian, counts: Sequence[tuple[int, float]], product_of: Callable[[int], Product | None]
+    ) -> None:
         """Add the products of all batches, in place; each is computed by the process that owns it.
 
         Batches of a lane are added in their order, then the lanes in pairs, (0 + 2) + (1 + 3): always the same sums,
-        whoever makes them. So only sums of lanes have to be sent. A batch of which no row counts adds nothing.
+        whoever makes them. So only sums of lanes have to be sent. A batch of which no row counts adds nothing. Inputs
+        that are not finite are noted in the Hessian of every process; nothing here waits for the device.
 
         Args:
             hessian: The sum; nothing has been added to it.
-            num_batches: Batches.
+            counts: Rows that count and the sum of their weights, of every batch, the same in every process.
             product_of: Computes the product of one of this process's batches; None where no row counts.
-
-        Raises:
-            UserError: A product raised one, or an input is NaN or infinite; raised in every process.
         """
-        counts: dict[int, tuple[int, float, Tensor]] = {}
-        lanes: dict[int, Tensor] = {}
-        error: UserError | None = None
-        try:
-            for lane in filter(self.owns_batch, range(LANES)):
-                for index in range(lane, num_batches, LANES):
-                    product = product_of(index)
-                    if product is None:
-                        continue
-                    counts[index] = product.num_tokens, product.total, product.num_bad
-                    lanes[lane] = lanes[lane].add_(product.matrix) if lane in lanes else product.matrix
-                    del product  # before the next one is made
-        except UserError as caught:
-            error = caught
-        found = self.gather(partial(_checked, hessian, counts, error))
-        if not found:
+        if not any(count for count, _ in counts):
             return
+        lanes: dict[int, Tensor] = {}
+        num_bad = torch.zeros((), dtype=torch.int64, device=hessian.device)
+        for lane in filter(self.owns_batch, range(LANES)):
+            for index in range(lane, len(counts), LANES):
+                product = product_of(index)
+                if product is None:
+                    continue
+                num_bad += product.num_bad
+                lanes[lane] = lanes[lane].add_(product.matrix) if lane in lanes else product.matrix
+                del product  # before the next one is made
         _, whole = self._add_up(hessian, lanes, tuple(range(LANES)))
-        product = Product(
-            matrix=whole,
-            num_tokens=sum(count for count, _ in found.values()),
-            total=_in_order(found.values()),
-            num_bad=torch.zeros((), dtype=torch.int64, device=whole.device),
-        )
-        hessian.accumulate(product)
+        if self.world > 1:
+            dist.all_reduce(num_bad, group=self.group)
+        num_tokens = sum(count for count, _ in counts)
+        hessian.accumulate(Product(matrix=whole, num_tokens=num_tokens, total=_in_order(counts), num_bad=num_bad))
 
     def _add_up(self, hessian: Hessian, sums: dict[int, Tensor], lanes: tuple[int, ...]) -> tuple[int | None, Tensor]:
         """Add the sums of lanes in pairs; give the process that has the result (None: all do), and it, or anything."""
@@ -313,19 +304,6 @@ class Exchange:
             for part, (name, (shape, dtype)) in zip(parts, sizes.items(), strict=True)
         }
         return Part(weight=QuantizedWeight(**tensors, bits=bits, group_size=group_size), stats=stats, squares=squares)
-
-
-def _checked(
-    hessian: Hessian, counts: Mapping[int, tuple[int, float, Tensor]], error: UserError | None
-) -> dict[int, tuple[int, float]]:
-    """Give tokens and weight by batch, or raise: an error that was met, or one of inputs that are not finite."""
-    if error is not None:
-        raise error
-    if counts:
-        bad = torch.stack([num_bad for _, _, num_bad in counts.values()]).tolist()
-        for (num_tokens, _, _), num_bad in zip(counts.values(), bad, strict=True):
-            hessian.check(num_tokens, num_bad)
-    return {index: (num_tokens, total) for index, (num_tokens, total, _) in counts.items()}
 
 
 def _in_order(counts: Iterable[tuple[int, float]]) -> float:

@@ -67,6 +67,7 @@ class Hessian:
         self.prepared: dict[Any, Any] = {}
         """What a solver has made of it, for the next linear (`s2quant.quantize.solver`)."""
         self._total = 0.0
+        self._num_bad: Tensor | None = None  # int64: inputs, of which it is not known here, that are not finite
         self._device = None if device is None else torch.device(device)
         self._sum: Tensor | None = None  # float32 [K, K]
 
@@ -87,19 +88,11 @@ class Hessian:
         """
         product = self.product(x, weights)
         if product is not None:
-            self.check(product.num_tokens, int(product.num_bad))
+            self._check(product.num_tokens, int(product.num_bad))
             self.accumulate(product)
 
-    def check(self, num_tokens: int, num_bad: int) -> None:
-        """Refuse inputs that are not finite.
-
-        Args:
-            num_tokens: Inputs.
-            num_bad: Those of them that hold NaN or infinity.
-
-        Raises:
-            UserError: There are such.
-        """
+    def _check(self, num_tokens: int, num_bad: int) -> None:
+        """Refuse inputs that are not finite."""
         if num_bad:
             raise UserError(
                 f"{self.name}: {num_bad} of {num_tokens} calibration inputs hold NaN or infinity",
@@ -135,16 +128,18 @@ class Hessian:
 
     @torch.no_grad()
     def accumulate(self, product: Product) -> None:
-        """Add a batch's product, in place; the order of calls decides the last bits.
+        """Add a batch's product, in place; the order of calls decides the last bits. Nothing here waits for the device.
 
         Args:
-            product: From `product`; its matrix may become the sum itself.
+            product: From `product`; its matrix may become the sum itself. Inputs that are not finite are refused by
+                `matrix`.
         """
         self.prepared.clear()
         if self._sum is None:
             self._sum, self._device = product.matrix, product.matrix.device
         else:
             self._sum.add_(product.matrix)
+        self._num_bad = product.num_bad if self._num_bad is None else self._num_bad + product.num_bad
         self.num_tokens += product.num_tokens
         self._total += product.total
 
@@ -155,11 +150,13 @@ class Hessian:
             A new float32 [K, K].
 
         Raises:
-            UserError: No inputs were added, or the sum overflowed.
+            UserError: No inputs were added, one of them is NaN or infinite, or the sum overflowed.
         """
-        if self._sum is None:
+        if self._sum is None or self._num_bad is None:
             raise UserError(f"{self.name}: no calibration inputs", "at least one position", "add calibration lines")
-        if not bool(torch.isfinite(self._sum).all()):
+        is_finite, num_bad = torch.stack([torch.isfinite(self._sum).all().long(), self._num_bad]).tolist()
+        self._check(self.num_tokens, num_bad)
+        if not is_finite:
             raise UserError(
                 f"{self.name}: X^T X overflows float32",
                 "activations below about 1e18",

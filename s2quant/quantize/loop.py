@@ -33,8 +33,9 @@ from s2quant.quantize.outputs import output_errors, output_squares
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rows import Part, join_rows, row_ranges
 from s2quant.quantize.rtn import rtn_quantize
-from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
+from s2quant.quantize.stages import Stage, fast_stages, slow_stages
 from s2quant.quantize.store import StageStore
+from s2quant.quantize.stream import Stream, fast_stream, slow_stream
 from s2quant.recipe import LinearSettings
 
 MAX_HELD_ROWS = 4096
@@ -189,11 +190,12 @@ def _quantize_subset(
         return {}
     first = next(iter(wanted)).removeprefix(f"{stage.name}.")
     started = time.perf_counter()
+    own = held_rows(stage, stream, first, exchange)  # before anything is exchanged, so that none waits for it
     hessian = None
     if any(settings.method == "gptq" for settings in wanted.values()):
         hessian = sum_hessian(stage, stream, first, exchange)
     seconds = (time.perf_counter() - started) / len(wanted)
-    held = held_rows(stage, stream, first, exchange)
+    held = exchange.share_batches(own).float()
 
     def task(name: str, settings: LinearSettings, rows: slice) -> Part:
         weight = _linear(stage, name).weight[rows]
@@ -230,20 +232,18 @@ def sum_hessian(stage: Stage, stream: Stream, linear: str, exchange: Exchange | 
 
     Returns:
         The Hessian, the same in every process.
-
-    Raises:
-        UserError: An input is NaN or infinite.
     """
     exchange = exchange or Exchange()
     module = stage.module.get_submodule(linear)
     assert isinstance(module, nn.Linear)
     hessian = Hessian(module.in_features, f"{stage.name}.{linear}", stream.device)
-    exchange.sum(hessian, stream.num_used, lambda index: hessian.product(*stream.inputs(stage, linear, index)))
+    counts = stream.totals[: stream.num_used]
+    exchange.sum(hessian, counts, lambda index: hessian.product(*stream.inputs(stage, linear, index)))
     return hessian
 
 
-def held_rows(stage: Stage, stream: Stream, linear: str, exchange: Exchange) -> Tensor:
-    """Take rows of one linear's input from the batches that are held out.
+def held_rows(stage: Stage, stream: Stream, linear: str, exchange: Exchange) -> dict[int, Tensor]:
+    """Take rows of one linear's input from this process's batches that are held out.
 
     Args:
         stage: The stage.
@@ -252,23 +252,21 @@ def held_rows(stage: Stage, stream: Stream, linear: str, exchange: Exchange) -> 
         exchange: The processes that share the batches.
 
     Returns:
-        float32 [R, K], the same in every process.
+        By batch, in order, [R, K] in the linear's type: rows of this process's, and room for those of others.
     """
     module = stage.module.get_submodule(linear)
     assert isinstance(module, nn.Linear)
     counts = {index: stream.num_rows[index] for index in range(stream.num_used, len(stream.values))}
     share = min(1.0, MAX_HELD_ROWS / max(1, sum(counts.values())))
-    found = [torch.empty(0, module.in_features, device=stream.device)]
+    found = {}
     for index, count in counts.items():
         wanted = min(count, max(1, round(count * share)))
-        if not wanted:
-            continue
         rows = torch.empty(wanted, module.in_features, dtype=module.weight.dtype, device=stream.device)
-        if exchange.owns_batch(index):
+        if wanted and exchange.owns_batch(index):
             inputs = stream.inputs(stage, linear, index)[0]
             rows = inputs[torch.linspace(0, len(inputs) - 1, wanted, device=rows.device).long()].to(rows.dtype)
-        found.append(exchange.share_batch(index, rows).float())
-    return torch.cat(found)
+        found[index] = rows
+    return found
 
 
 def _linear(stage: Stage, name: str) -> nn.Linear:

@@ -22,8 +22,9 @@ from s2quant.quantize.gptq import gptq_quantize
 from s2quant.quantize.hessian import Hessian
 from s2quant.quantize.loop import sum_hessian
 from s2quant.quantize.rtn import rtn_quantize
-from s2quant.quantize.stages import Stage, Stream, fast_stages, fast_stream, slow_stages, slow_stream
+from s2quant.quantize.stages import Stage, fast_stages, slow_stages
 from s2quant.quantize.store import StageStore
+from s2quant.quantize.stream import Stream, fast_stream, slow_stream
 from s2quant.recipe import PositionWeights
 from s2quant.search.damage import Held, replaced, summarise
 from s2quant.search.store import candidate_name, dense_of

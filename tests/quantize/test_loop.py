@@ -19,13 +19,14 @@ from s2quant.model import DualAR, disk_name, module_name
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize import loop as loop_module
 from s2quant.quantize import outputs as outputs_module
-from s2quant.quantize import stages as stages_module
+from s2quant.quantize import stream as stream_module
 from s2quant.quantize.gptq import Hessian
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.rtn import rtn_quantize
-from s2quant.quantize.stages import Stream, slow_stages
+from s2quant.quantize.stages import slow_stages
 from s2quant.quantize.store import StageStore
+from s2quant.quantize.stream import Stream
 from s2quant.recipe import LinearSettings, PositionWeights, load_recipe
 from s2quant.runtime.load import load_model
 
@@ -199,7 +200,7 @@ def test_batches_that_do_not_rest_within_a_stage_end_alike(
     num_entered = sum(entered)
     for name, more in (("rest", {"rest": CPU}), ("room", {})):
         if name == "room":
-            monkeypatch.setattr(stages_module, "MAX_KEPT_BYTES", 0)
+            monkeypatch.setattr(stream_module, "MAX_KEPT_BYTES", 0)
         entered.clear()
         found = run(plan, checkpoint, batches, tmp_path / name, **more)
         assert [record["weight_sha256"] for record in found] == [record["weight_sha256"] for record in resting]
