@@ -6,7 +6,8 @@ Does the same once by one process and once by `accelerate launch --multi_gpu --n
 
 - eval: quantizes models/s2-mini, then evaluates it against the original (`s2quant eval`);
 - quantize: a bf16 checkpoint of random weights of the real size (11 GB under --work, and 6 GB twice) by the recipe of
-  the release (`s2quant quantize`), calibrated on fewer and shorter sequences.
+  the release (`s2quant quantize`), calibrated on fewer and shorter sequences; with --full-length on sequences of 1024
+  positions. On a GPU a short run comes first, so that neither compiles kernels.
 
 Outputs are compared file by file (`same_output.py`, which names what is left out). Every part has a time of its own;
 DIR/two_gpus.json is written after every command, and DIR/two_gpus.md from it. Exit status 1: something differs, failed
@@ -34,11 +35,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from gpu_check import full_length_recipe  # noqa: E402
 from launched import Launcher  # noqa: E402
 from same_output import compare_quantized, compare_runs  # noqa: E402
 
-from s2quant.calibrate.sequences import GROUP_ROUNDS  # noqa: E402
+from s2quant.calibrate.sequences import LEAST_GROUPS, line_groups  # noqa: E402
 from s2quant.cli.common import numbers  # noqa: E402
+from s2quant.export.random import CONFIGS, write_random  # noqa: E402
 from s2quant.records import git_commit, versions  # noqa: E402
 from s2quant.runtime.load import device_name, parse_device  # noqa: E402
 
@@ -50,6 +53,7 @@ NEEDED = {
     "wer": ("whisper", "jiwer"),
     "quantize": ("accelerate", "gptqmodel", "transformers"),
 }
+WARM_UP_FRAMES = 8  # of a line that is spoken so that kernels are compiled
 START = "start"  # the phase of imports, checks and hashes
 
 
@@ -170,22 +174,34 @@ def eval_part(check: Check, part: dict[str, Any]) -> None:
 def quantize_part(check: Check, part: dict[str, Any]) -> None:
     """Quantize a random checkpoint."""
     options, model = check.options, check.options.model or check.options.work / f"{check.options.size}-bf16"
-    if not model.exists():
+    if not model.exists() and options.full_length:
+        print(f"  made: {model}", flush=True)
+        write_random(CONFIGS[options.size](), model, seed=0, device=options.device, ends=False)
+    elif not model.exists():
         check.run(part, "made", ["random", "--size", options.size, "--out", str(model), "--device", options.device])
-    recipe = shorter_recipe(ROOT / "recipes" / RECIPES[options.size], options.work, options.max_frames)
-    slots = options.calibration_slots or max(1, options.sequences // (GROUP_ROUNDS * options.num_processes))
-    part |= {"sequences": options.sequences, "max_frames": options.max_frames, "slots": slots}
-    part["calibration_groups"] = -(-options.sequences // (GROUP_ROUNDS * slots))  # shared by the processes
+    original = ROOT / "recipes" / RECIPES[options.size]
+    if options.full_length:
+        recipe = full_length_recipe(original, options.work)
+    else:
+        recipe = shorter_recipe(original, options.work, options.max_frames)
+    slots = options.calibration_slots or max(1, options.sequences // LEAST_GROUPS)
+    part |= {"sequences": options.sequences, "full_length": options.full_length, "slots": slots}
+    part["calibration_groups"] = len(line_groups(["" for _ in range(options.sequences)], slots))  # that are shared
 
-    def quantize(out: Path) -> list[str]:
+    def quantize(out: Path, recipe: Path = recipe, sequences: int = options.sequences) -> list[str]:
         words = ["quantize", str(recipe), "--model", str(model), "--out", str(out), "--device", options.device]
-        return [*words, "--sequences", str(options.sequences), "--slots", str(slots)]
+        return [*words, "--sequences", str(sequences), "--slots", str(slots)]
+
+    if options.device == "cuda":
+        (options.work / "short").mkdir(exist_ok=True)
+        short = shorter_recipe(recipe, options.work / "short", WARM_UP_FRAMES)
+        check.run(part, "warm_up", quantize(check.fresh("quantize-warm-up"), short, slots))
+        check.fresh("quantize-warm-up")
 
     def phases(out: Path) -> dict[str, list[Path]]:
         partial = out.with_name(f"{out.name}.partial")
         return {
-            START: [partial / "run.json"],
-            "calibration speech": [partial / "calibration.safetensors"],
+            "start, calibration speech": [partial / "calibration.safetensors"],
             "quantizing": [partial / "stages" / "*"],
             "writing": [out / "manifest.json"],
         }
@@ -211,8 +227,8 @@ def shorter_recipe(recipe: Path, work: Path, max_frames: int) -> Path:
     """
     text = recipe.read_text("utf-8")
     text, lines = re.subn(r"(?m)^(  max_frames:) \d+", rf"\1 {max_frames}", text)
-    text, sources = re.subn(r"(?m)^(  source:) (calibration/\S+)", rf"\1 {recipe.parent.as_posix()}/\2", text)
-    assert (lines, sources) == (1, 1), recipe
+    text = re.sub(r"(?m)^(  source:) (calibration/\S+)", rf"\1 {recipe.parent.as_posix()}/\2", text)
+    assert lines == 1, recipe
     copy = work / recipe.name
     copy.write_text(text, "utf-8")
     return copy
@@ -293,6 +309,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     pro.add_argument("--size", choices=tuple(RECIPES), default="s2-pro")
     pro.add_argument("--model", type=Path, help="a bf16 checkpoint of --size, instead of a random one")
     pro.add_argument("--sequences", type=int, default=32)
+    pro.add_argument("--full-length", action="store_true", help="random weights whose speech does not end")
     pro.add_argument("--max-frames", type=int, default=192, help="of a calibration line, instead of the recipe's")
     pro.add_argument("--calibration-slots", type=int, help="instead of as many as leave no process without a group")
     options = parser.parse_args(words)

@@ -1,11 +1,13 @@
 """Quantized in two goes with low memory, after gpu_check.py, at the tiny size on a CPU."""
 
 import json
+import os
 import sys
 
 import gpu_check
 import low_memory_check
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 
@@ -17,6 +19,7 @@ def words(tmp_path, *more):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     more = ("--sequences", 3, "--slots", 2, "--frames", 2, "--full-length", "--keep")
+    monkeypatch.setattr(os, "cpu_count", torch.get_num_threads)  # so that runs have this process's number of threads
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words(tmp_path, *more)])
     assert gpu_check.main() == 0
     return tmp_path

@@ -15,6 +15,10 @@ import torch
 import two_gpus
 from launched import Launcher, Watch
 
+from s2quant.recipe import load_recipe
+from s2quant.runtime.loading import load_engine
+from s2quant.runtime.speech import Request
+
 
 def words(tmp_path: Path, *more: object) -> list[str]:
     found = ["--out", tmp_path / "out", "--work", tmp_path / "work", "--size", "tiny", "--device", "cpu", *more]
@@ -27,12 +31,12 @@ def test_two_processes_quantize_as_one(tiny_folder, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"two_gpus.json", "two_gpus.md", "two_gpus.log"}
     part = json.loads((tmp_path / "out" / "two_gpus.json").read_text("utf-8"))["parts"]["quantize"]
     assert part["equal"] and part["differences"] == [] and part["linears"] == 17
-    assert (part["slots"], part["calibration_groups"]) == (1, 2)
+    assert (part["slots"], part["calibration_groups"]) == (2, 4)
     assert part["calibration"]["num_sequences"] == 8
     assert [len(part[name]["memory"]) for name in ("one", "several")] == [1, 2]
     for name in ("one", "several"):
         phases = part[name]["phases_s"]
-        assert list(phases) == ["start", "calibration speech", "quantizing", "writing"]
+        assert list(phases) == ["start, calibration speech", "quantizing", "writing"]
         assert all(seconds > 0 for seconds in phases.values()) and sum(phases.values()) <= part[name]["seconds"]
     assert part["ratio"] == part["one"]["seconds"] / part["several"]["seconds"]
     page = (tmp_path / "out" / "two_gpus.md").read_text("utf-8")
@@ -50,6 +54,23 @@ def test_two_processes_quantize_as_one(tiny_folder, tmp_path, capsys):
     assert not found["equal"] and found["num_differences"] == 3
     assert found["differences"][:2] == ["codec.pth: only in the first", "config.json: other bytes"]
     assert ": num_tokens: " in found["differences"][2]
+
+
+def test_sequences_of_full_length_come_from_weights_without_an_end(tiny_folder, tmp_path, monkeypatch):
+    found = {}
+
+    def both(check, part, words, phases, compare):
+        found["words"] = words(tmp_path / "made")
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(two_gpus, "both", both)
+    assert two_gpus.main(words(tmp_path, "--only", "quantize", "--full-length", "--sequences", 8)) == 1
+    command = found["words"]
+    recipe = load_recipe(Path(command[1]))
+    assert not recipe.calibration.require_end
+    assert recipe.calibration.max_frames == recipe.calibration.max_positions
+    model = load_engine(command[command.index("--model") + 1], num_slots=1)
+    assert model.speak(Request(text="Hello.", max_frames=200)).stop_reason == "limit"
 
 
 def run_folder(folder: Path, wall_s: float = 1.0, **changes: object) -> Path:
