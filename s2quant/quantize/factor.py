@@ -42,10 +42,12 @@ def block_inverses(upper: Tensor, size: int) -> Tensor:
     Returns:
         float32 [ceil(n / size), size, size]; the last one is filled up with those of the identity.
     """
-    count = -(-len(upper) // size)
-    identity = torch.eye(size, dtype=upper.dtype, device=upper.device).expand(count, -1, -1)
-    blocks = identity.clone()
-    for number, start in enumerate(range(0, len(upper), size)):
-        part = upper[start : start + size, start : start + size]
-        blocks[number, : len(part), : len(part)] = part
+    whole, rest = divmod(len(upper), size)
+    identity = torch.eye(size, dtype=upper.dtype, device=upper.device).expand(whole + bool(rest), -1, -1)
+    blocks, filled = identity.clone(), whole * size
+    if whole:  # [blocks, size, blocks, size], of which those on the diagonal
+        squares = upper[:filled, :filled].unflatten(1, (whole, size)).unflatten(0, (whole, size))
+        blocks[:whole] = squares.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if rest:
+        blocks[-1, :rest, :rest] = upper[filled:, filled:]
     return torch.linalg.solve_triangular(blocks, identity, upper=True).contiguous()

@@ -33,6 +33,7 @@ from s2quant.quantize.outputs import output_errors, output_squares
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.rows import Part, join_rows, row_ranges
 from s2quant.quantize.rtn import rtn_quantize
+from s2quant.quantize.solver import spaces_kept
 from s2quant.quantize.stages import Stage, fast_stages, slow_stages
 from s2quant.quantize.store import StageStore
 from s2quant.quantize.stream import Stream, fast_stream, slow_stream
@@ -93,7 +94,7 @@ def quantize_stages(
             yield from fast_stages(checkpoint, device, last)
 
     found = exchange.once(store.names)
-    with Keeper(store if exchange.is_first else None, device) as keeper:
+    with Keeper(store if exchange.is_first else None, device) as keeper, spaces_kept():
         before: Kept = list
         for stage in stages():
             kept = quantize_stage(stage, stream, plan, store if stage.name in found else None, exchange, keeper)

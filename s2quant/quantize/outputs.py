@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from s2quant.errors import UserError
 from s2quant.packing import QuantizedWeight
-from s2quant.quantize.rtn import rtn_quantize
+from s2quant.quantize.rtn import nearest
 from s2quant.recipe import LinearSettings
 
 
@@ -53,15 +52,11 @@ def output_squares(
     if not len(rows):
         return None
     dense = weight.float()
-    added = [quantized.dequantize(torch.float32) - dense]
-    try:
-        added.append(rtn_quantize(weight, settings)[0].dequantize(torch.float32) - dense)
-    except UserError:  # GPTQ did without those weights
-        added.append(torch.full_like(dense, math.nan))
+    added = [quantized.dequantize(torch.float32) - dense, nearest(weight, settings) - dense]
     with _tensor_cores():
         lengths = torch.stack([F.linear(rows, matrix).norm() for matrix in (dense, *added)])
-    whole, ours, nearest = (length**2 for length in lengths.double().tolist())
-    return Squares(whole=whole, ours=ours, nearest=nearest)
+    whole, ours, rounded = (length**2 for length in lengths.double().tolist())
+    return Squares(whole=whole, ours=ours, nearest=rounded)
 
 
 def output_errors(squares: Squares | None) -> dict[str, float | None]:

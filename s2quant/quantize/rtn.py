@@ -127,14 +127,32 @@ def store_scales(exact: Tensor, name: str) -> StoredScales:
     Raises:
         UserError: A scale is beyond float16's range.
     """
-    stored = exact.to(torch.float16)
-    beyond = int((~torch.isfinite(stored)).sum())
+    stored, normal = exact.to(torch.float16), exact >= _SMALLEST_NORMAL
+    error = torch.where(normal, (stored.float() / exact - 1).abs(), 0.0)
+    facts = ((~torch.isfinite(stored)).sum(), normal.sum(), error.max())
+    beyond, num_normal, max_error = torch.stack([fact.double() for fact in facts]).tolist()  # one wait for a GPU
     if beyond:
         raise UserError(
-            f"{name}: {beyond} scales beyond float16, the largest {float(exact.max()):g}",
+            f"{name}: {int(beyond)} scales beyond float16, the largest {float(exact.max()):g}",
             f"scales up to {torch.finfo(torch.float16).max:g}",
             "keep this module in bf16",
         )
-    normal = exact >= _SMALLEST_NORMAL
-    error = torch.where(normal, (stored.float() / exact - 1).abs(), 0.0)
-    return StoredScales(scales=stored, num_subnormal=exact.numel() - int(normal.sum()), max_error=float(error.max()))
+    return StoredScales(scales=stored, num_subnormal=exact.numel() - int(num_normal), max_error=max_error)
+
+
+def nearest(weight: Tensor, settings: LinearSettings) -> Tensor:
+    """Compute what `rtn_quantize` makes of a weight, dequantized; nothing here waits for the device.
+
+    Args:
+        weight: Finite floating point [M, K].
+        settings: bits and group_size are used.
+
+    Returns:
+        float32 [M, K]; NaN in groups whose scale is beyond float16.
+    """
+    zero, top = symmetric_zero(settings.bits), (1 << settings.bits) - 1
+    groups = weight.detach().float().unflatten(1, (-1, settings.group_size))
+    absmax = groups.abs().amax(dim=2, keepdim=True)
+    scale = (2 * torch.where(absmax == 0, 1.0, absmax) / top).to(torch.float16).float()
+    steps = torch.where(scale == 0, 0.0, groups / scale).round_().clamp_(-zero, top - zero)
+    return (steps * scale).flatten(1)

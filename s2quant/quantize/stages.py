@@ -168,21 +168,27 @@ def _block_stage(name: str, block: Block, table: Tensor, attend: Attend) -> Stag
     """Take a block apart, as `Block.forward` puts it together."""
     attention, feed_forward = block.attention, block.feed_forward
 
-    def mix(x: Tensor) -> State:
-        return x, attention.mixed(block.attention_norm(x), table[: x.shape[1]], attend)
+    def norm(x: Tensor) -> State:
+        return x, block.attention_norm(x)
 
-    def gate(x: Tensor) -> State:
-        return x, feed_forward.gated(block.ffn_norm(x))
+    def mix(x: Tensor, y: Tensor) -> State:
+        return x, attention.mixed(y, table[: x.shape[1]], attend)
+
+    def add(x: Tensor, y: Tensor) -> State:
+        x = x + attention.wo(y)
+        return x, block.ffn_norm(x)
+
+    def gate(x: Tensor, y: Tensor) -> State:
+        return x, feed_forward.gated(y)
+
+    def second(_: Tensor, y: Tensor) -> Tensor:
+        return y
 
     steps = (
-        Step(linears=("attention.wqkv",), enter=lambda x: (x,), inputs=block.attention_norm),
-        Step(linears=("attention.wo",), enter=mix, inputs=lambda _, y: y),
-        Step(
-            linears=("feed_forward.w1", "feed_forward.w3"),
-            enter=lambda x, y: (x + attention.wo(y),),
-            inputs=block.ffn_norm,
-        ),
-        Step(linears=("feed_forward.w2",), enter=gate, inputs=lambda _, y: y),
+        Step(linears=("attention.wqkv",), enter=norm, inputs=second),
+        Step(linears=("attention.wo",), enter=mix, inputs=second),
+        Step(linears=("feed_forward.w1", "feed_forward.w3"), enter=add, inputs=second),
+        Step(linears=("feed_forward.w2",), enter=gate, inputs=second),
     )
     return Stage(name=name, module=block, steps=steps, leave=lambda x, y: x + feed_forward.w2(y))
 

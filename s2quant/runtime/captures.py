@@ -43,7 +43,27 @@ def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+def _capturing(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None, tidies: bool
+) -> Iterator[None]:
+    if tidies:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+        return
+    assert stream is not None
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
+@contextlib.contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None = None, tidies: bool = True
+) -> Iterator[None]:
     """Capture what is launched meanwhile.
 
     Python's garbage collector does not run meanwhile: to end an old graph is one of the calls that end a capture, too
@@ -55,6 +75,8 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
         graph: The graph; new.
         pool: The memory pool that it shares with others, which no other stream uses.
         stream: Where it is captured; None: on torch's own stream for captures, of the current device.
+        tidies: Whether the device is waited for and memory that torch keeps is given back before, as torch does it;
+            else a stream is needed.
     """
     with _ONE:
         collects, on_gpu = gc.isenabled(), torch.cuda.is_available()
@@ -62,7 +84,7 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
         first: BaseException | None = None
         gc.disable()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with _capturing(graph, pool, stream, tidies):
                 try:
                     yield
                 except BaseException as error:

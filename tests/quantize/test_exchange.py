@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from s2quant.errors import UserError
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
@@ -217,3 +219,39 @@ def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(m
     with pytest.raises(UserError, match="expected"):
         Exchange().gather(failing)
     assert Exchange().gather(lambda: {2: "two", 1: "one"}) == {1: "one", 2: "two"}
+
+
+@pytest.mark.parametrize("size", [10, 9000])
+def test_small_objects_go_by_the_gpu_and_large_ones_by_the_host(monkeypatch, size):
+    """Two exchanges in one process, "on a GPU": what each of them sends is put beside what the other would send."""
+    objects = [{rank: "x" * (size if rank else 3)} for rank in range(2)]
+    sent, asked = {}, []
+
+    def by_gpu(found, row, group=None):
+        sent[asked[-1]] = row[0].clone()
+        for rank, other in sent.items():
+            found[rank] = other
+
+    def by_host(parts, mine):
+        parts[:] = objects
+
+    monkeypatch.setattr("s2quant.quantize.exchange.dist.all_gather_into_tensor", by_gpu)
+    monkeypatch.setattr("s2quant.quantize.exchange.dist.all_gather_object", by_host)
+    for rank in (0, 1, 0):  # so that the first one's last turn has both
+        asked.append(rank)
+        exchange = Exchange(rank=rank, world=2, device=torch.device("cpu"))
+        sent.setdefault(1 - rank, torch.zeros(8192, dtype=torch.uint8))
+        if not int(sent[1 - rank][0]):  # nothing to read as yet
+            sent[1 - rank] = small_of({}, 1 - rank)
+        found = exchange.merge(objects[rank])
+    assert found == {0: "xxx", 1: "x" * size}
+    assert (exchange._small(objects[0], torch.device("cpu")) is None) == (size > 8192)
+
+
+def small_of(value, rank):
+    """Give what an exchange would send of an object."""
+    data = pickle.dumps(value)
+    row = torch.zeros(8192, dtype=torch.uint8)
+    row[0] = len(data)
+    row[8 : 8 + len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    return row

@@ -353,6 +353,38 @@ def test_a_whole_stage_is_solved_by_ours(tmp_path, tiny_folder, monkeypatch):
 
 
 @WITH_TRITON
+def test_linears_of_like_sizes_share_a_space_and_nothing_else(monkeypatch):
+    """By one graph on a GPU, whose replays are played here: the bits of each alone, and none overwrites another's."""
+    played = []
+
+    class Played:
+        def __init__(self, space):
+            self.replay = lambda: (played.append(space), space._run())
+
+    if INSIDE:
+        monkeypatch.setattr(solver._Space, "_capture", lambda space, device: Played(space))
+        monkeypatch.setattr(solver, "_space", lambda *key: solver._KEPT.get().setdefault(key, None) or kept(key))
+
+    def kept(key):
+        solver._KEPT.get()[key] = solver._Space(*key, is_kept=True)
+        return solver._KEPT.get()[key]
+
+    settings, cases = LinearSettings(), []
+    for seed, rows in ((0, 16), (1, 16), (2, 8)):
+        matrix = matrix_of(160, seed).to(DEVICE)
+        cases.append((weights_of(rows, 160, seed).to(DEVICE), solver._prepare(matrix, settings), settings))
+    with solver.spaces_kept():
+        together = [solver.solve(*case) for case in cases]
+        assert len(solver._KEPT.get()) == 2
+    assert solver._KEPT.get() is None and (not INSIDE or len(played) == 3)
+    monkeypatch.undo()
+    for ours, case in zip(together, cases, strict=True):
+        alone = solver.solve(*case)
+        assert torch.equal(ours.codes, alone.codes) and torch.equal(ours.scales, alone.scales)
+        assert (ours.loss, ours.num_one_sided, ours.is_lost) == (alone.loss, alone.num_one_sided, alone.is_lost)
+
+
+@WITH_TRITON
 def test_a_hessian_is_factored_once(monkeypatch):
     """For linears and widths that share it, until inputs are added or the settings differ."""
     made = []

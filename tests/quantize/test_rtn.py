@@ -5,7 +5,7 @@ import torch
 
 from s2quant.errors import UserError
 from s2quant.packing import pack, unpack
-from s2quant.quantize.rtn import rtn_quantize
+from s2quant.quantize.rtn import nearest, rtn_quantize
 from s2quant.recipe import LinearSettings
 
 
@@ -114,3 +114,16 @@ def test_scale_beyond_float16():
     weight[0, 0] = 1e6
     with pytest.raises(UserError, match="w2: 1 scales beyond float16, the largest 133333"):
         rtn_quantize(weight, settings(), "w2")
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 16), (4, 32), (8, 64)])
+def test_nearest_is_what_is_read_back(bits, group_size):
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(bits)) * 0.05
+    weight[3, :64], weight[5] = 0, 1e-9
+    settings = LinearSettings(bits=bits, group_size=group_size)
+    expected = rtn_quantize(weight, settings)[0].dequantize(torch.float32)
+    assert torch.equal(nearest(weight, settings), expected)
+    assert torch.equal(nearest(weight.bfloat16(), settings), rtn_quantize(weight.bfloat16(), settings)[0].dequantize())
+    weight[7, 2] = 1e6  # a scale beyond float16
+    beyond = nearest(weight, settings).isnan().any(dim=1)
+    assert beyond.tolist() == [row == 7 and bits < 8 for row in range(32)]
