@@ -21,7 +21,7 @@ from safetensors import SafetensorError  # the Rust part alone: no torch
 
 from s2quant.errors import UserError
 
-MOST_READERS = 4  # threads that read and hash side by side; each holds what it reads
+MOST_READERS = 8  # threads that read and hash side by side; each holds what it reads
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 

@@ -188,6 +188,8 @@ def _requests(
                 seed=settings.seed + number,
                 sampling=settings.sampling,
                 max_frames=settings.max_frames,
+                # what does not fit into a sequence is only of use to see whether the speech ends
+                max_positions=None if settings.require_end else settings.max_positions,
             )
         )
     return requests

@@ -302,7 +302,12 @@ def _write(
         save_set(calibration, details / "calibration.safetensors")
         with ThreadPoolExecutor(1) as beside:
             hashes = beside.submit(folder_hashes, folder)
-            verify_quantized(folder, options.model, plan, records)
+
+            def digest(path: Path) -> str:  # nothing is hashed twice
+                known = hashes.result() if path.parent == folder else record["inputs"]["model"]["sha256"]
+                return str(known[path.name])
+
+            verify_quantized(folder, options.model, plan, records, digest)
         write_json(folder / "manifest.json", dict(record) | {"files_sha256": hashes.result()})
     with disk_errors(options.out):
         shutil.rmtree(store.folder)

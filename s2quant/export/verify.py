@@ -6,7 +6,7 @@ written with what was made in memory and with the plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -117,7 +117,13 @@ def _fault_of(check: Any) -> list[str]:
     return []
 
 
-def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[Mapping[str, Any]]) -> None:
+def verify_quantized(
+    folder: Path,
+    source: Path,
+    plan: Plan,
+    records: Sequence[Mapping[str, Any]],
+    digest: Callable[[Path], str] = sha256_file,
+) -> None:
     """Open a folder just written and compare it with what it should be.
 
     Quantized modules are compared with their records, all others with the source.
@@ -127,6 +133,7 @@ def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[M
         source: The checkpoint that was quantized.
         plan: What was planned.
         records: One per quantized module, with the hash of its weight as it was in memory.
+        digest: Gives the sha256 of a file of either folder that is carried over.
 
     Raises:
         UserError: The source cannot be read any more.
@@ -136,7 +143,7 @@ def verify_quantized(folder: Path, source: Path, plan: Plan, records: Sequence[M
     found = scan(folder)
     faults = list(found.faults) + _config_faults(folder, original)
     with ThreadPoolExecutor(1) as beside:  # one of the files is large
-        carried = beside.submit(carried_faults, folder, source)
+        carried = beside.submit(carried_faults, folder, source, digest)
         if not found.faults:
             faults += _module_faults(Checkpoint(found), original, plan, records)
         faults += carried.result()
@@ -190,19 +197,20 @@ def _config_faults(folder: Path, original: Checkpoint) -> list[str]:
     return faults
 
 
-def carried_faults(folder: Path, source: Path) -> list[str]:
+def carried_faults(folder: Path, source: Path, digest: Callable[[Path], str] = sha256_file) -> list[str]:
     """Compare the files that are carried over byte for byte.
 
     Args:
         folder: The folder written.
         source: The folder they came from.
+        digest: Gives the sha256 of a file of either folder.
 
     Returns:
         One sentence per file that is missing or differs.
     """
     names = [name for name in CARRIED if (source / name).is_file()]
     paths = [place / name for name in names if (folder / name).is_file() for place in (source, folder)]
-    digests = dict(zip(paths, side_by_side(sha256_file, paths), strict=True))
+    digests = dict(zip(paths, side_by_side(digest, paths), strict=True))
     faults = []
     for name in names:
         if folder / name not in digests:

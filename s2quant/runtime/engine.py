@@ -183,6 +183,8 @@ class Engine:
         faults = sampling_faults(request.sampling, "sampling")
         if request.max_frames < 1:
             faults.append(f"max_frames is {request.max_frames}, not positive")
+        if request.max_positions is not None and request.max_positions < 1:
+            faults.append(f"max_positions is {request.max_positions}, not positive")
         if not -(2**63) <= request.seed < 2**64:
             faults.append(f"seed is {request.seed}, not a 64-bit integer")
         if faults:

@@ -109,7 +109,7 @@ class LaggedSlots:
         if prompt is None:
             return False
         length = prompt.shape[1]
-        utterance.limit = min(utterance.request.max_frames, decoder.max_positions - length)
+        utterance.limit = utterance.frame_limit(length, decoder.max_positions)
         decoder.ensure(length + utterance.limit)
         held, prefix = utterance.take_prompt(prompt), self.prefix_length(utterance.request)
         decoder.begin(number, prompt, seated.drawn, held, prefix)

@@ -92,11 +92,27 @@ class Utterance:
             UserError: The first prompt does not fit.
         """
         try:
-            return build(self.request, self.batches[len(self.history)], self.history)
+            prompt = build(self.request, self.batches[len(self.history)], self.history)
         except UserError:
             if not self.history:
                 raise
             return None  # text and voices were checked before: only the length can be wrong
+        most = self.request.max_positions
+        return None if self.history and most is not None and prompt.shape[1] >= most else prompt
+
+    def frame_limit(self, length: int, most: int) -> int:
+        """Say how many frames the next batch may have.
+
+        Args:
+            length: Positions of its prompt.
+            most: Positions that the model has.
+
+        Returns:
+            Their number, 1 or more.
+        """
+        asked = self.request.max_positions
+        room = most - length if asked is None else max(1, min(most, asked) - length)
+        return min(self.request.max_frames, room)
 
     def end_batch(self, num_codebooks: int, semantic_begin_id: int) -> None:
         """Put the frames of the batch in progress into the history.
@@ -208,7 +224,7 @@ class Slots:
         if prompt is None:
             return None
         length = prompt.shape[1]
-        slot.limit = min(slot.request.max_frames, decoder.config.slow.max_seq_len - length)
+        slot.limit = slot.frame_limit(length, decoder.config.slow.max_seq_len)
         slot.position = length - 1
         decoder.cache.ensure(length + slot.limit)
         hidden = decoder.prefill(number, prompt, slot.take_prompt(prompt), self.prefix_length(slot.request))

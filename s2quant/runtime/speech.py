@@ -27,6 +27,8 @@ class Request:
         seed: Seed of this utterance's own random state.
         sampling: Temperature, top_p, top_k.
         max_frames: Most frames per batch of text.
+        max_positions: Positions of the conversation, prompt and frames, beyond which nothing is spoken, but for the
+            first frame; None: as many as the model has.
         chunk_bytes: Most UTF-8 bytes of speaker turns spoken in one batch.
         split_sentences: Whether a long text without speaker marks is cut between sentences (not what upstream does).
         ignore_end: Never draw im_end: speak max_frames frames. For timing, where all arms must make the same number.
@@ -38,6 +40,7 @@ class Request:
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     max_frames: int = DEFAULT_MAX_FRAMES
+    max_positions: int | None = None
     chunk_bytes: int = 300
     split_sentences: bool = False
     ignore_end: bool = False
@@ -52,7 +55,7 @@ class Speech:
         index: The request's place in the list.
         codes: int64 [N, F], on the CPU; im_end is not in it.
         stop_reason: "end": every batch ended by itself; "limit": at least one hit its limit of frames; "full": what
-            was spoken filled the model's positions, and the batches after it were not spoken.
+            was spoken filled the positions that there are, and the batches after it were not spoken.
         batch_frames: Frames of each batch that was spoken.
         num_prompt_tokens: Positions prefilled, over all batches.
         seconds: Wall-clock time from taking the slot to the end, shared with other slots.

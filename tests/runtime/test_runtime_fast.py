@@ -70,6 +70,26 @@ def test_a_long_context_crosses_buckets(pair, monkeypatch):
     assert {context for _, context, _ in seen} == {64, 128, 256} and {batch for batch, *_ in seen} == {3}
 
 
+def test_speech_ends_where_the_positions_asked_for_do(tiny_folder):
+    """By both decoders the same, and up to there that of a request without such an end; other batches are not begun."""
+    plain, fast = (load_engine(tiny_folder, dtype=torch.float32, num_slots=2, decoder=d) for d in ("plain", "fast"))
+    text = "\n".join(f"<|speaker:0|>{word}." for word in ("One", "Two", "Three"))
+    whole = Request(text=text, chunk_bytes=1, max_frames=40, seed=3, ignore_end=True)
+    (first, rest) = (plain._prompt(whole, plain.prepare(whole)[0], []).shape[1], plain.speak(whole))
+    assert rest.batch_frames == (40, 40, 40) and rest.stop_reason == "limit"
+    for most, frames, reason in ((first + 30, (30,), "full"), (first + 100, (40, None), "full"), (1, (1,), "full")):
+        asked = dataclasses.replace(whole, max_positions=most)
+        ours, theirs = fast.speak(asked), plain.speak(asked)
+        same(ours, theirs)
+        assert ours.stop_reason == reason and len(ours.batch_frames) == len(frames)
+        assert all(wanted in (None, found) for wanted, found in zip(frames, ours.batch_frames, strict=True))
+        assert torch.equal(ours.codes, rest.codes[:, : ours.codes.shape[1]])
+        sequence = fast.spoken_sequence(asked, ours.codes.split(ours.batch_frames, dim=1))
+        assert most == 1 or sequence.shape[1] == most + 1  # with the end that follows
+    with pytest.raises(UserError, match="max_positions is 0, not positive"):
+        fast.speak(dataclasses.replace(whole, max_positions=0))
+
+
 def test_an_early_end_is_heard_one_frame_late_and_nothing_of_it_remains(tiny_folder):
     plain, fast = (load_engine(tiny_folder, dtype=torch.float32, num_slots=2, decoder=d) for d in ("plain", "fast"))
     requests = [
