@@ -296,7 +296,7 @@ def test_weights_that_all_become_zero_are_refused(monkeypatch):
 @WITH_TRITON
 def test_a_result_that_is_not_finite_is_refused(monkeypatch):
     monkeypatch.setattr(adapter, "kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(solver, "block_inverses", lambda upper, size: torch.full((1, size, size), float("inf")))
+    monkeypatch.setattr(solver, "block_inverses", lambda upper, size: upper.new_full((1, size, size), float("inf")))
     hessian = Hessian(128, "wo")
     hessian.add(torch.randn(256, 128, generator=torch.Generator().manual_seed(6)).to(DEVICE))
     with pytest.raises(UserError, match="not finite"):
