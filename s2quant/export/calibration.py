@@ -95,6 +95,7 @@ def spoken_set(
     exchange: Exchange,
     report: Report,
     codec_device: torch.device | None = None,
+    wait: Callable[[], None] = lambda: None,
 ) -> CalibrationSet:
     """Let the model speak the calibration set.
 
@@ -107,6 +108,7 @@ def spoken_set(
         exchange: The processes that share the lines; all get the whole set.
         report: Told of progress.
         codec_device: Where the voices of lines are encoded; None: on the device.
+        wait: Called between loading the model and speaking.
 
     Returns:
         The set, as yet without a key.
@@ -124,6 +126,7 @@ def spoken_set(
     tokenizer = Tokenizer.load(checkpoint.folder, checkpoint.config)
     model = load_model(checkpoint, device)
     engine = Engine(model, tokenizer, codec, num_slots=num_slots, residual_size=residual_size)
+    wait()
     return make_sequences(
         engine,
         lines,

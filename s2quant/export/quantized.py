@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from s2quant.quantize.gptq import check_gptqmodel, warm_up
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.store import RUN_VERSION, StageStore
-from s2quant.recipe import Recipe, load_recipe
+from s2quant.recipe import LinearSettings, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.runtime.load import device_name, parse_device
 
@@ -126,19 +126,24 @@ def quantize_checkpoint(
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
-    # Hashed in C, side by side with what takes seconds once and, where nothing is found that was made before, so that
-    # nothing has to be compared, with the speech.
-    with ThreadPoolExecutor(1) as pool, device_cap(device if options.low_memory else None):
+    # Hashed in C, beside all else until it is needed; what takes seconds once, beside loading the model.
+    with ThreadPoolExecutor(2) as pool, device_cap(device if options.low_memory else None):
         hashes = pool.submit(folder_hashes, options.model) if exchange.is_first else None
         solved = [module.settings for module in plan.modules if module.settings and module.settings.method == "gptq"]
+        warmed: Future[None] | None = None
         if not finished and solved:
             check_gptqmodel(device)
-            warm_up(solved, device)
-            exchange.connect(device)
+            warmed = pool.submit(_warm_up, solved, device, exchange)
+
+        def wait() -> None:
+            if warmed is not None:
+                warmed.result()
+
         spoken = None
-        if not finished and exchange.once(lambda: _is_fresh(options)):
+        if not finished and exchange.once(lambda: _is_fresh(options)):  # nothing that the hashes are compared with
             where = (device, options.slots, exchange, report, options.codec_device)
-            spoken = spoken_set(recipe, checkpoint, lines, *where)
+            spoken = spoken_set(recipe, checkpoint, lines, *where, wait)
+        wait()
         model_sha256 = exchange.agree({} if hashes is None else hashes.result())
         identity = _identity(recipe, model_sha256, lines, device, options)
         if finished:
@@ -230,6 +235,14 @@ def _start(
         if is_new and exchange.is_first:  # nothing is finished, so there is nothing to resume
             shutil.rmtree(folder)
         raise
+
+
+def _warm_up(settings: Sequence[LinearSettings], device: torch.device, exchange: Exchange) -> None:
+    """Do in a thread of its own what takes seconds once: compile kernels, load libraries, connect GPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the thread's
+    warm_up(settings, device)
+    exchange.connect(device)
 
 
 def _is_fresh(options: QuantizeOptions) -> bool:

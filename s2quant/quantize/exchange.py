@@ -57,12 +57,12 @@ class Exchange:
         return self.rank == 0
 
     def connect(self, device: torch.device) -> None:
-        """Send something small, as the first time takes seconds.
+        """Send something small between GPUs, as the first time takes seconds; beside what goes by the host, if need be.
 
         Args:
             device: Where tensors will be sent from.
         """
-        if self.world > 1:
+        if self.group is not None:
             dist.broadcast(torch.zeros(1, device=device), 0, group=self.group)
 
     def owns(self, index: int) -> bool:
