@@ -298,8 +298,16 @@ class Checkpoint:
             shard = self._shards[file] = safe_open(self.folder / file, framework="pt")
         return shard.get_tensor(name).to(device)
 
-    def _passing(self, name: str, device: torch.device | str) -> Tensor:
-        """Read a tensor that is soon let go, through a mapping that goes with it and not with the whole shard."""
+    def passing(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Read a tensor that is soon let go, through a mapping that goes with it and not with the whole shard.
+
+        Args:
+            name: Name on disk, with its suffix.
+            device: Where to put it.
+
+        Returns:
+            The tensor in the dtype on disk.
+        """
         with safe_open(self.folder / self.entries[name].file, framework="pt") as shard:
             return shard.get_tensor(name).to(device)
 
@@ -351,7 +359,7 @@ class Checkpoint:
                 )
             return weight
         assert info.group_size is not None
-        packed = {part: self._passing(f"{module}.{part}", device) for part in PACKED}
+        packed = {part: self.passing(f"{module}.{part}", device) for part in PACKED}
         return unpack(packed, bits=info.bits, group_size=info.group_size, name=module)
 
     def dense(self, module: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:

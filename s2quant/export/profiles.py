@@ -25,6 +25,7 @@ from torch import Tensor
 
 from s2quant.checkpoint.layout import expected_tensors
 from s2quant.checkpoint.reader import PACKED, Checkpoint, Module, open_checkpoint, scan
+from s2quant.checkpoint.streamed import StreamedShards, packed_entries
 from s2quant.checkpoint.writer import ShardWriter, carry_files, check_carried
 from s2quant.errors import UserError, VerificationError
 from s2quant.export.card import licence_of
@@ -86,10 +87,7 @@ def export_checkpoint(model: Path, out: Path, profile: Profile) -> list[str]:
     quantization = _quantization(checkpoint, profile)
     notes = engine_notes(profile, quantization or {}) if profile in ENGINES else []
     with atomic_folder(out) as folder:
-        writer = ShardWriter(folder)
-        for name, tensor in _tensors(checkpoint, PROFILES[profile].convert):
-            writer.add(name, tensor)
-        writer.finish()
+        _write_shards(folder, checkpoint, PROFILES[profile].convert)
         carry_files(model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         if quantization is not None:
@@ -115,8 +113,28 @@ def _quantization(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any] | 
     return known | {"format": "gptq", "checkpoint_format": "gptq"}
 
 
+def _write_shards(folder: Path, checkpoint: Checkpoint, convert: Convert) -> None:
+    """Write the tensors; those of linears that stay packed under their names as quantizing writes them."""
+    packings = {
+        module.name: (module.bits, module.group_size)
+        for module in checkpoint.modules.values()
+        if module.bits is not None and module.group_size is not None
+    }
+    if convert is not packed or not packings:
+        writer = ShardWriter(folder)
+        for name, tensor in _tensors(checkpoint, convert):
+            writer.add(name, tensor)
+        writer.finish()
+        return
+    with StreamedShards(folder, packed_entries(checkpoint, packings)[2]) as shards:
+        for name, tensor in _tensors(checkpoint, convert):
+            shards.add(name, tensor)
+        shards.finish()
+
+
 def _tensors(checkpoint: Checkpoint, convert: Convert) -> Iterator[tuple[str, Tensor]]:
-    for spec in expected_tensors(checkpoint.config).values():
+    specs = expected_tensors(checkpoint.config).values()
+    for spec in sorted(specs, key=lambda spec: spec.name not in checkpoint.entries):  # packed ones at the end
         if spec.name in checkpoint.entries:
             yield spec.name, checkpoint.tensor(spec.name)
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ import torch
 
 from s2quant.calibrate.lines import CalibrationLine
 from s2quant.calibrate.sequences import CalibrationSet, calibration_key, save_set
-from s2quant.checkpoint.layout import expected_tensors
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from s2quant.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, carry_files, check_carried
+from s2quant.checkpoint.writer import MAX_SHARD_BYTES, check_carried
 from s2quant.errors import UserError
 from s2quant.export.calibration import (
     Report,
@@ -34,9 +34,10 @@ from s2quant.export.calibration import (
 )
 from s2quant.export.card import licence_of, model_card
 from s2quant.export.config_files import merged_config, quantization_config
+from s2quant.export.following import Follower
 from s2quant.export.memory import LOW_MEMORY_SHARD_BYTES, LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
-from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
+from s2quant.files import atomic_folder, check_new, disk_errors, read_json, sha256_file, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import check_gptqmodel, warm_up
@@ -87,6 +88,11 @@ class QuantizeOptions:
     def slots(self) -> int:
         """Utterances that are really in progress at a time."""
         return min(self.num_slots, LOW_MEMORY_SLOTS) if self.low_memory else self.num_slots
+
+    @property
+    def shard_bytes(self) -> int:
+        """Shard limit that is really kept."""
+        return min(self.max_shard_bytes, LOW_MEMORY_SHARD_BYTES) if self.low_memory else self.max_shard_bytes
 
     @property
     def codec_device(self) -> torch.device | None:
@@ -160,32 +166,35 @@ def quantize_checkpoint(
 
         report("quantizing", 0, total)
         rest = torch.device("cpu") if options.low_memory else None
-        records = quantize_stages(checkpoint, plan, batches, num_held, store, device, stage_done, exchange, rest)
-    report("writing", 0, 1)
-    facts = {
-        "model": {"folder": options.model.name, "sha256": model_sha256},
-        "recipe": {"name": recipe.name, "sha256": recipe.sha256},
-        "calibration": calibration_facts(calibration, checkpoint),
-    }
-    peaks = {
-        "peak_device_bytes": take_peak_bytes(device),
-        "peak_calibration_bytes": peak_calibration_bytes,
-        "peak_host_bytes": host_peak_bytes(),
-    }
-    record = manifest(
-        "quantize",
-        facts,
-        device_name(device),
-        recipe.calibration.seed,
-        **peaks,
-        low_memory=options.low_memory,
-        num_processes=exchange.world,
-        processes=list(exchange.merge({exchange.rank: peaks}).values()),
-        num_quantized=len(plan.quantized),
-        num_tensors=plan.num_tensors,
-        tensor_bytes=plan.num_bytes,
-    )
-    exchange.once(lambda: _write(options, checkpoint, plan, store, records, calibration, record))
+        files = Follower(options.out, checkpoint, plan, store, options.shard_bytes)
+        with ExitStack() as stack:
+            exchange.once(lambda: _entered(stack, files))
+            records = quantize_stages(checkpoint, plan, batches, num_held, store, device, stage_done, exchange, rest)
+            report("writing", 0, 1)
+            facts = {
+                "model": {"folder": options.model.name, "sha256": model_sha256},
+                "recipe": {"name": recipe.name, "sha256": recipe.sha256},
+                "calibration": calibration_facts(calibration, checkpoint),
+            }
+            peaks = {
+                "peak_device_bytes": take_peak_bytes(device),
+                "peak_calibration_bytes": peak_calibration_bytes,
+                "peak_host_bytes": host_peak_bytes(),
+            }
+            record = manifest(
+                "quantize",
+                facts,
+                device_name(device),
+                recipe.calibration.seed,
+                **peaks,
+                low_memory=options.low_memory,
+                num_processes=exchange.world,
+                processes=list(exchange.merge({exchange.rank: peaks}).values()),
+                num_quantized=len(plan.quantized),
+                num_tensors=plan.num_tensors,
+                tensor_bytes=plan.num_bytes,
+            )
+            exchange.once(lambda: _write(options, checkpoint, plan, store, records, calibration, record, files))
     report("done", 1, 1)
     return records
 
@@ -237,9 +246,13 @@ def _start(
         raise
 
 
+def _entered(stack: ExitStack, files: Follower) -> None:
+    stack.enter_context(files)
+
+
 def _warm_up(settings: Sequence[LinearSettings], device: torch.device, exchange: Exchange) -> None:
     """Do in a thread of its own what takes seconds once: compile kernels, load libraries, connect GPUs."""
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)  # the thread's
     warm_up(settings, device)
     exchange.connect(device)
@@ -292,8 +305,9 @@ def _write(
     records: Sequence[Mapping[str, Any]],
     calibration: CalibrationSet,
     record: Mapping[str, Any],
+    files: Follower,
 ) -> None:
-    """Write the folder, open it again and verify it, give it its name, and remove what the run kept."""
+    """Complete the folder, open it again and verify it, give it its name, and remove what the run kept."""
     quantization = quantization_config(plan, records)
     facts = record["inputs"]["calibration"]
     sentence = (
@@ -301,9 +315,7 @@ def _write(
         f"frames spoken by the bf16 model; dropped clips: {facts['dropped'] or 'none'}"
     )
     with atomic_folder(options.out, within=store.folder) as folder:
-        limit = min(options.max_shard_bytes, LOW_MEMORY_SHARD_BYTES) if options.low_memory else options.max_shard_bytes
-        write_shards(folder, checkpoint, plan, store, limit)
-        carry_files(options.model, folder)
+        hashes = files.move(folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         write_json(folder / "quantize_config.json", quantization)
         card = model_card(plan, records, sentence, quantization, licence_of(options.model))
@@ -313,37 +325,14 @@ def _write(
         (details / "recipe.yaml").write_text(plan.recipe.text, encoding="utf-8")
         write_json(details / "records.json", {"modules": list(records)})
         save_set(calibration, details / "calibration.safetensors")
-        with ThreadPoolExecutor(1) as beside:
-            hashes = beside.submit(folder_hashes, folder)
 
-            def digest(path: Path) -> str:  # nothing is hashed twice
-                known = hashes.result() if path.parent == folder else record["inputs"]["model"]["sha256"]
-                return str(known[path.name])
+        def digest(path: Path) -> str:  # nothing is hashed twice
+            return str((hashes if path.parent == folder else record["inputs"]["model"]["sha256"])[path.name])
 
-            verify_quantized(folder, options.model, plan, records, digest)
-        write_json(folder / "manifest.json", dict(record) | {"files_sha256": hashes.result()})
+        verify_quantized(folder, options.model, plan, records, digest)
+        small = {
+            path.name: sha256_file(path) for path in folder.iterdir() if path.is_file() and path.name not in hashes
+        }
+        write_json(folder / "manifest.json", dict(record) | {"files_sha256": dict(sorted((hashes | small).items()))})
     with disk_errors(options.out):
         shutil.rmtree(store.folder)
-
-
-def write_shards(
-    folder: Path, checkpoint: Checkpoint, plan: Plan, store: StageStore, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write all tensors, packed ones from the store and the others as they are in the source.
-
-    Args:
-        folder: Where to.
-        checkpoint: The source.
-        plan: Which modules are packed.
-        store: The finished stages.
-        max_shard_bytes: Shard limit.
-    """
-    writer = ShardWriter(folder, max_shard_bytes)
-    for spec in expected_tensors(checkpoint.config).values():
-        planned = plan.quantized.get(spec.module) if spec.kind == "linear" else None
-        if planned is None:
-            writer.add(spec.name, checkpoint.tensor(spec.name))
-            continue
-        for part, tensor in store.tensors(spec.module).items():
-            writer.add(f"{spec.module}.{part}", tensor)
-    writer.finish()

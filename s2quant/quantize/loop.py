@@ -34,7 +34,7 @@ from s2quant.quantize.plan import Plan
 from s2quant.quantize.rows import Part, join_rows, row_ranges
 from s2quant.quantize.rtn import rtn_quantize
 from s2quant.quantize.solver import spaces_kept
-from s2quant.quantize.stages import Stage, fast_stages, slow_stages
+from s2quant.quantize.stages import Stage, fast_stages, slow_stages, stage_of
 from s2quant.quantize.store import StageStore
 from s2quant.quantize.stream import Stream, fast_stream, slow_stream
 from s2quant.recipe import LinearSettings
@@ -113,10 +113,7 @@ def quantize_stages(
 def _last_stage(plan: Plan) -> str | None:
     """Name the last stage that holds a quantized module: what comes after it need not be run."""
     names = list(plan.quantized)
-    if not names:
-        return None
-    parts = names[-1].split(".")
-    return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else FAST
+    return stage_of(names[-1]) if names else None
 
 
 def num_stages(plan: Plan) -> int:

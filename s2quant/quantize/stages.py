@@ -76,6 +76,19 @@ class Stage:
         return next(number for number, step in enumerate(self.steps) if linear in step.linears)
 
 
+def stage_of(module: str) -> str:
+    """Name the stage that a linear is in.
+
+    Args:
+        module: Its name on disk.
+
+    Returns:
+        The stage's name.
+    """
+    parts = module.split(".")
+    return ".".join(parts[: parts.index("layers") + 2]) if "layers" in parts else FAST
+
+
 class Head(nn.Module):
     """The Fast AR's last norm and output, as one module with the names on disk.
 

@@ -37,7 +37,6 @@ class StageStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stages = folder / "stages"
-        self._files: dict[str, Path] = {}
 
     @classmethod
     def open(cls, folder: Path, identity: Mapping[str, Any], resume: bool) -> StageStore:
@@ -148,20 +147,17 @@ class StageStore:
             ) from error
         return weights, records
 
-    def tensors(self, module: str) -> dict[str, Tensor]:
+    def tensors(self, module: str, stage: str) -> dict[str, Tensor]:
         """Get the packed tensors of one module of a finished stage.
 
         Args:
             module: Its name on disk.
+            stage: The stage's name.
 
         Returns:
             qweight, qzeros, scales and g_idx.
         """
-        if module not in self._files:
-            for path in sorted(self.stages.glob("[!.]*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    self._files |= {key.rpartition(".")[0]: path for key in file.keys()}  # noqa: SIM118
-        with safe_open(self._files[module], framework="pt") as file:
+        with safe_open(self._path(stage), framework="pt") as file:
             return {part: file.get_tensor(f"{module}.{part}") for part in PARTS}
 
     def _path(self, stage: str) -> Path:

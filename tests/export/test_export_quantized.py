@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from s2quant.checkpoint.config import S2Config
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.codec import CodecConfig, random_codec_state
 from s2quant.errors import UserError, VerificationError
+from s2quant.export import following
 from s2quant.export import quantized as quantized_module
 from s2quant.export.card import LICENSE_NOTICE
 from s2quant.export.config_files import quantization_config
@@ -330,12 +334,12 @@ def test_folder_that_does_not_verify_gets_no_name(
 ) -> None:
     """What goes wrong between store and disk is found; afterwards the run goes on from what is finished."""
 
-    class Lossy(quantized_module.ShardWriter):
+    class Lossy(following.StreamedShards):
         def add(self, name: str, tensor: torch.Tensor) -> None:
             super().add(name, tensor.bitwise_xor(16) if name == f"{WQKV}.qweight" else tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantized_module, "ShardWriter", Lossy)
+        patch.setattr(following, "StreamedShards", Lossy)
         with pytest.raises(VerificationError, match="quantized weight differs"):
             quantize_checkpoint(options(tiny_folder, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
@@ -343,6 +347,54 @@ def test_folder_that_does_not_verify_gets_no_name(
     quantize_checkpoint(options(tiny_folder, tmp_path, resume=True), lambda phase, done, total: phases.append(phase))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "calibration speech" not in phases
+
+
+def test_files_are_written_beside_the_stages(tiny_folder: Path, tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def report(phase: str, done: int, total: int) -> None:
+        files = (tmp_path / "out.partial").glob(".files.partial-*/*.safetensors")
+        if phase == "text_model.model.layers.1":  # there are more, which cannot be finished before this returns
+            until = time.monotonic() + 30
+            while not sizes and time.monotonic() < until:
+                sizes.extend(path.stat().st_size for path in files)
+
+    quantize_checkpoint(options(tiny_folder, tmp_path), report)
+    assert sizes
+    record = read_json(tmp_path / "out" / "manifest.json")
+    assert record["files_sha256"] == folder_hashes(tmp_path / "out")
+    assert list(record["files_sha256"]) == sorted(record["files_sha256"])
+
+
+@pytest.mark.parametrize("broken", ["add", "carry_files"])
+def test_a_disk_that_fails_beside_the_stages_is_told_and_loses_none(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(following if broken == "carry_files" else following.StreamedShards, broken, full)
+        with pytest.raises(UserError, match=r"writing .*out failed: No space left on device"):
+            quantize_checkpoint(options(tiny_folder, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert not list((tmp_path / "out.partial").glob(".*"))
+    assert len(list((tmp_path / "out.partial" / "stages").iterdir())) == 4
+    quantize_checkpoint(options(tiny_folder, tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_stopped_stops_writing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(phase: str, done: int, total: int) -> None:
+        if phase.startswith("text_model"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(options(tiny_folder, tmp_path), stopped)
+    assert not list((tmp_path / "out.partial").glob(".*")) and (tmp_path / "out.partial" / "run.json").exists()
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
 def test_input_that_fails_before_anything_is_finished_leaves_nothing(tiny_folder: Path, tmp_path: Path) -> None:

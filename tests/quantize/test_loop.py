@@ -24,7 +24,7 @@ from s2quant.quantize.gptq import Hessian
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
 from s2quant.quantize.rtn import rtn_quantize
-from s2quant.quantize.stages import slow_stages
+from s2quant.quantize.stages import slow_stages, stage_of
 from s2quant.quantize.store import StageStore
 from s2quant.quantize.stream import Stream
 from s2quant.recipe import LinearSettings, PositionWeights, load_recipe
@@ -179,8 +179,8 @@ def test_killed_anywhere_and_resumed_is_bit_identical(
         names = [name for name in plan.quantized if name.startswith(f"{path.stem}.")]
         assert names
         for name in names:
-            for part, tensor in store.tensors(name).items():
-                assert torch.equal(tensor, other.tensors(name)[part]), (name, part)
+            for part, tensor in store.tensors(name, stage_of(name)).items():
+                assert torch.equal(tensor, other.tensors(name, stage_of(name))[part]), (name, part)
 
 
 def test_batches_that_do_not_rest_within_a_stage_end_alike(
@@ -285,7 +285,7 @@ def test_records_and_shared_order(tmp_path: Path, checkpoint: Checkpoint, batche
         assert 0 < record["output_error"] < 0.5
         assert record["output_error_rtn"] > 0
     store = StageStore(tmp_path / "run")
-    w1, w3 = (store.tensors(f"{BLOCKS}.0.feed_forward.{name}")["g_idx"] for name in ("w1", "w3"))
+    w1, w3 = (store.tensors(f"{BLOCKS}.0.feed_forward.{name}", f"{BLOCKS}.0")["g_idx"] for name in ("w1", "w3"))
     assert torch.equal(w1, w3)
     assert not torch.equal(w1, w1.sort().values)
 
