@@ -36,6 +36,7 @@ class Launcher:
         log: What the commands print is appended to it.
         profile: Where every process writes what its host did; None: nowhere.
         parts: Where every process writes how long the parts of quantizing took; None: nowhere.
+        trace: Where every process writes what its GPU waited for while quantizing; None: nowhere.
     """
 
     num_processes: int
@@ -43,12 +44,13 @@ class Launcher:
     log: Path
     profile: Path | None = None
     parts: Path | None = None
+    trace: Path | None = None
 
     def command(self, words: Sequence[str], shared: bool) -> list[str]:
         """Compose the command line of `s2quant WORDS`, in one process or shared."""
         program = ["-m", "s2quant.cli"]
-        if self.preload or self.profile or self.parts:
-            watched = {"--profile": self.profile, "--parts": self.parts}
+        if self.preload or self.profile or self.parts or self.trace:
+            watched = {"--profile": self.profile, "--parts": self.parts, "--trace": self.trace}
             before = [word for name, folder in watched.items() if folder for word in (name, str(folder.resolve()))]
             program = [str(PRELOADED), *before, *(str(library.resolve()) for library in self.preload), "--"]
         if not shared:

@@ -1,9 +1,10 @@
-"""`python tools/preloaded.py [--profile DIR] [--parts DIR] LIBRARY.so ... -- WORDS`: run `s2quant WORDS`, watched.
+"""`python tools/preloaded.py [--profile DIR | --parts DIR | --trace DIR] LIB.so ... -- WORDS`: `s2quant`, watched.
 
 gptqmodel compiles its kernels unless their operations are there already, in libraries loaded before. With --profile,
 what the host did is written to DIR/profile-RANK.txt: Python's functions by their own time and by all of it, and the
 package's own (a wait for a GPU counts where it is). With --parts, how long the parts of quantizing took, each with its
-GPU waited for, to DIR/parts-RANK.json.
+GPU waited for, to DIR/parts-RANK.json. With --trace, what the GPU waits for in some of the stages that are quantized,
+to DIR/trace-RANK.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--parts", type=Path)
+    parser.add_argument("--trace", type=Path)
     parser.add_argument("libraries", nargs="*")
     end = arguments.index("--")
     options, words = parser.parse_args(arguments[:end]), arguments[end + 1 :]
@@ -40,6 +42,10 @@ def main(arguments: list[str]) -> int:
         from parts import QUANTIZING, SOLVER, Parts
 
         parts = Parts([*QUANTIZING, *SOLVER])
+    if options.trace is not None:
+        from traced import Trace
+
+        Trace(options.trace / f"trace-{rank}.json")
     try:
         return profile.runcall(s2quant, words) if options.profile is not None else s2quant(words)
     finally:

@@ -1,11 +1,12 @@
 """Time the quantizing of a few layers of the real size, by one process and by several, and hold the results together.
 
-    python tools/quantize_speed.py --out OUT [--work DIR] [--layers 4] [--sequences 256] [--processes 1,2] [--parts]
+    python tools/quantize_speed.py --out OUT [--layers 4] [--sequences 256] [--processes 1,2] [--parts] [--trace]
 
 The model has random weights and so many layers of the Slow AR, all of whose linears are quantized; the calibration
 sequences are random codes of full length, so that no time goes into speaking them. Each number of processes quantizes
 by `s2quant quantize`, several started by `accelerate launch`; with --parts once more, with every part of the work
-waited for (parts-RANK.json; such a run is slower as a whole); with --profile what the hosts did, too. Writes
+waited for (parts-RANK.json; such a run is slower as a whole), with --trace once more, with torch's profiler over some
+stages (trace-RANK.json, 6 layers or more); with --profile what the hosts did, too. Writes
 OUT/quantize_speed.json after every run. Exit status 1: a run failed, or its tensors differ from the first one's.
 `--size tiny --device cpu` tries the script itself.
 """
@@ -113,6 +114,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--processes", default="1", help="numbers of processes, in turn: 1,2")
     parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--seconds", type=float, default=150, help="of one run")
     parser.add_argument("--commit", help="the commit, when the files are no checkout")
@@ -134,17 +136,18 @@ def prepared(options: argparse.Namespace) -> dict[str, Path]:
     return paths
 
 
-def run(options: argparse.Namespace, paths: Mapping[str, Path], processes: int, parts: bool) -> dict[str, Any]:
+def run(options: argparse.Namespace, paths: Mapping[str, Path], processes: int, watch: str) -> dict[str, Any]:
     """Quantize once; say how long the phases took, and what differs from the first run's folder."""
-    name = f"by{processes}{'-parts' if parts else ''}"
+    name = f"by{processes}{f'-{watch}' if watch else ''}"
     watched = options.out.absolute() / name
     watched.mkdir(exist_ok=True)
     launcher = Launcher(
         num_processes=processes,
         preload=options.preload,
         log=watched / "log.txt",
-        profile=watched if options.profile and not parts else None,
-        parts=watched if parts else None,
+        profile=watched if options.profile and not watch else None,
+        parts=watched if watch == "parts" else None,
+        trace=watched if watch == "trace" else None,
     )
     out, first = paths["work"] / name, paths["work"] / "first"
     partial = out.with_name(f"{name}.partial")
@@ -168,10 +171,9 @@ def run(options: argparse.Namespace, paths: Mapping[str, Path], processes: int, 
             shutil.rmtree(out)
         else:
             out.rename(first)
-    if parts:
-        facts["parts"] = {
-            path.stem: json.loads(path.read_text("utf-8")) for path in sorted(watched.glob("parts-*.json"))
-        }
+    if watch:
+        found = sorted(watched.glob(f"{watch}-*.json"))
+        facts[watch] = {path.stem: json.loads(path.read_text("utf-8")) for path in found}
     return facts
 
 
@@ -192,9 +194,9 @@ def main(words: Sequence[str] | None = None) -> int:
     }
     failed = False
     for processes in (int(word) for word in options.processes.split(",")):
-        for parts in (False, True) if options.parts else (False,):
-            found = run(options, paths, processes, parts)
-            facts["runs"][f"{processes}{' parts' if parts else ''}"] = found
+        for watch in ("", *(["parts"] if options.parts else []), *(["trace"] if options.trace else [])):
+            found = run(options, paths, processes, watch)
+            facts["runs"][f"{processes} {watch}".rstrip()] = found
             failed |= found["status"] != 0 or bool(found.get("unequal"))
             write_json(options.out / "quantize_speed.json", facts)
     print(json.dumps(facts, indent=1))

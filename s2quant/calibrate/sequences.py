@@ -146,7 +146,11 @@ def make_sequences(
                 continue
             codes = speech.codes.split(speech.batch_frames, dim=1)
         ids.append(line.id)
-        sequences.append(engine.spoken_sequence(request, codes)[:, : settings.max_positions])
+        sequence = engine.spoken_sequence(request, codes)
+        if codes and sequence.shape[1] < settings.max_positions:  # what comes next does not fit, or not wholly
+            following = engine.next_prompt(request, codes)
+            sequence = sequence if following is None else following
+        sequences.append(sequence[:, : settings.max_positions])
     if not sequences:
         raise UserError(
             f"all {len(lines)} calibration clips failed: {dict(dropped)}",
@@ -188,7 +192,7 @@ def _requests(
                 seed=settings.seed + number,
                 sampling=settings.sampling,
                 max_frames=settings.max_frames,
-                # what does not fit into a sequence is only of use to see whether the speech ends
+                # frames beyond the sequence are only of use to see whether the speech ends
                 max_positions=None if settings.require_end else settings.max_positions,
             )
         )

@@ -84,8 +84,10 @@ class StreamedShards:
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _error: object, _traceback: TracebackType | None) -> None:
-        self._close()
-        self._hasher.shutdown(cancel_futures=True)
+        try:
+            self._close()
+        finally:
+            self._hasher.shutdown(cancel_futures=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor.

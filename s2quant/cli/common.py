@@ -11,7 +11,7 @@ from pathlib import Path
 from s2quant.errors import UserError
 
 DTYPES = ("bfloat16", "float32")  # see s2quant.runtime.load, which imports torch
-DECODERS = ("auto", "fast", "plain")  # see s2quant.runtime.engine
+DECODERS = ("auto", "fast", "plain")  # see s2quant.runtime.speech
 LINEARS = ("auto", "reference", "dense", "int4", "int8", "triton")  # see s2quant.runtime.linears, which imports torch
 
 

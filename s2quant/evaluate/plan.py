@@ -12,8 +12,8 @@ from typing import Any
 
 from s2quant.errors import UserError, shorten_list
 from s2quant.records import Arm
-from s2quant.runtime.engine import DecoderKind
 from s2quant.runtime.linears import Backend
+from s2quant.runtime.speech import DecoderKind
 from s2quant.suite import METRICS, Suite, Utterance, load_suite
 
 Key = tuple[Arm, str, int]

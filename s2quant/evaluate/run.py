@@ -41,10 +41,10 @@ from s2quant.evaluate.tokens import TokenDamage, TokenSequence
 from s2quant.evaluate.wer import score
 from s2quant.files import atomic_file, check_new, read_json, write_json
 from s2quant.records import Arm, folder_hashes, manifest, versions, write_records
-from s2quant.runtime.engine import decoder_for
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.loading import load_engine
 from s2quant.runtime.memory import release_memory
+from s2quant.runtime.speech import decoder_for
 
 RUN_VERSION = 3
 LIBRARIES = ("jiwer", "openai-whisper", "pocketsphinx", "resemblyzer", "scipy", "statsmodels", "pandas", "accelerate")

@@ -29,12 +29,12 @@ from s2quant.evaluate.continuity import measure_streams
 from s2quant.evaluate.first_audio import Voice, first_audio, measure_first_audio, noise, wait_for
 from s2quant.evaluate.upstream import Upstream, check_upstream, measure_upstream
 from s2quant.runtime.backends import describe_decoding
-from s2quant.runtime.engine import DecoderKind, Engine
+from s2quant.runtime.engine import Engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import device_name, parse_device, parse_dtype
 from s2quant.runtime.loading import load_engine
 from s2quant.runtime.memory import limit_memory
-from s2quant.runtime.speech import Request, Speech
+from s2quant.runtime.speech import DecoderKind, Request, Speech
 from s2quant.sampling import Sampling
 
 SPEED_VERSION = 2

@@ -1,4 +1,4 @@
-"""The files of a quantized folder, written and hashed by a thread while the stages are still being finished."""
+"""The large files of a quantized folder, written and hashed in threads while the stages are still being finished."""
 
 from __future__ import annotations
 
@@ -85,13 +85,17 @@ class Follower:
         kept, modules, entries = packed_entries(self._checkpoint, packings)
         with disk_errors(self._out), StreamedShards(self._folder, entries, self._max_shard_bytes) as shards:
             for name in kept:
-                if self._ended.is_set():
-                    raise _Ended
+                self._go_on()
                 shards.add(name, self._checkpoint.passing(name))
             for module in modules:
                 for part, tensor in self._tensors(module).items():
+                    self._go_on()
                     shards.add(f"{module}.{part}", tensor)
             return shards.finish()
+
+    def _go_on(self) -> None:
+        if self._ended.is_set():
+            raise _Ended
 
     def _tensors(self, module: str) -> dict[str, Tensor]:
         """Wait for a module's stage, and read its packed tensors."""

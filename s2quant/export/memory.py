@@ -7,11 +7,12 @@ What a run of the 4B model holds on the device, by its sizes (`quantize --plan` 
   and the codec (1.6 GB) do not fit into 12 GB; two, with voices encoded on the host, do.
 - While it quantizes: one block and the next (0.2 GB each), some copies of the largest Hessian (9728 x 9728 in float32,
   0.38 GB each: up to five while it is summed), a batch of activations, and the calibration stream (256 x 1024 x 2560 x
-  2 bytes = 1.3 GB, and 6.4 GB of what its batches are within a block), which can rest on the host.
+  2 bytes = 1.3 GB, and 6.4 GB of what its batches are within a block), which can rest on the host; and 1 GB for each
+  pair of bits and group_size, in which linears of like sizes are solved by launches that are captured once.
 
 So low memory means: fewer utterances at a time, the codec and the stream on the host, where nothing of it is kept
-within a block, smaller shards (a shard is put together on the host), and a cap on what torch may take, so that a run
-which needs more stops instead of being lucky.
+within a block, launches that are not captured, and a cap on what torch may take, so that a run which needs more stops
+instead of being lucky.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from s2quant.runtime.memory import limit_memory, release_memory
 
 LOW_MEMORY_BYTES = 12_000_000_000
 LOW_MEMORY_SLOTS = 2
-LOW_MEMORY_SHARD_BYTES = 2_000_000_000
 
 
 @contextmanager

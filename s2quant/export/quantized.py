@@ -35,7 +35,7 @@ from s2quant.export.calibration import (
 from s2quant.export.card import licence_of, model_card
 from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.following import Follower
-from s2quant.export.memory import LOW_MEMORY_SHARD_BYTES, LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
+from s2quant.export.memory import LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, sha256_file, write_json
 from s2quant.prompt import Tokenizer
@@ -88,11 +88,6 @@ class QuantizeOptions:
     def slots(self) -> int:
         """Utterances that are really in progress at a time."""
         return min(self.num_slots, LOW_MEMORY_SLOTS) if self.low_memory else self.num_slots
-
-    @property
-    def shard_bytes(self) -> int:
-        """Shard limit that is really kept."""
-        return min(self.max_shard_bytes, LOW_MEMORY_SHARD_BYTES) if self.low_memory else self.max_shard_bytes
 
     @property
     def codec_device(self) -> torch.device | None:
@@ -166,7 +161,7 @@ def quantize_checkpoint(
 
         report("quantizing", 0, total)
         rest = torch.device("cpu") if options.low_memory else None
-        files = Follower(options.out, checkpoint, plan, store, options.shard_bytes)
+        files = Follower(options.out, checkpoint, plan, store, options.max_shard_bytes)
         with ExitStack() as stack:
             exchange.once(lambda: _entered(stack, files))
             records = quantize_stages(checkpoint, plan, batches, num_held, store, device, stage_done, exchange, rest)

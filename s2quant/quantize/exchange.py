@@ -17,6 +17,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from s2quant.quantize.rows import Part
 
 T = TypeVar("T")
 Key = TypeVar("Key", int, str)
+LONGEST_WAIT = timedelta(days=7)  # a process may have nothing left to do long before the others
 SMALL_BYTES = 8192  # of an object that is exchanged by a GPU, with its length
 LANES = 4  # sums of batches that processes share; more processes than that have no batches, only linears
 Task = Callable[[], Part]
@@ -204,7 +206,7 @@ class Exchange:
                 continue
             sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in part.weight.tensors.items()}
             facts[index] = (part.stats, part.squares, sizes, part.weight.bits, part.weight.group_size)
-        found = self.merge(facts)
+        found = self.merge(facts, at_once=True)
         for told in found.values():
             _raise(told if isinstance(told, dict) else None)
         return [self._share(mine.get(index), told, index % self.world, device) for index, told in found.items()]
@@ -279,18 +281,19 @@ class Exchange:
             _raise(fault)
         return dict(sorted(item for _, part in told.values() for item in part.items()))
 
-    def merge(self, mine: Mapping[Key, T]) -> dict[Key, T]:
+    def merge(self, mine: Mapping[Key, T], at_once: bool = False) -> dict[Key, T]:
         """Put together what all processes have.
 
         Args:
             mine: This process's part; no key is in two parts.
+            at_once: Whether the others are there already, or will be soon, so that a GPU may wait for them.
 
         Returns:
             All parts, by key in order.
         """
         parts: list[Mapping[Key, T]] = [mine] * self.world
         if self.world > 1:
-            small = None if self.device is None else self._small(mine, self.device)
+            small = self._small(mine, self.device) if at_once and self.device is not None else None
             if small is None:
                 dist.all_gather_object(parts, mine)
             else:
@@ -360,4 +363,4 @@ def join_exchange(rank: int, world: int, device: torch.device) -> Exchange:
     """
     if world == 1 or device.type != "cuda":
         return Exchange(rank=rank, world=world)
-    return Exchange(rank=rank, world=world, group=dist.new_group(backend="nccl"), device=device)
+    return Exchange(rank=rank, world=world, group=dist.new_group(backend="nccl", timeout=LONGEST_WAIT), device=device)

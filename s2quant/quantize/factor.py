@@ -29,7 +29,7 @@ def upper_factor(matrix: Tensor, damping: float | Tensor) -> Tensor | None:
     if int(info):
         return None
     del damped
-    return lower.flip(0, 1)
+    return lower.flip(0, 1).contiguous()  # LAPACK's and cuSOLVER's are column by column
 
 
 def block_inverses(upper: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -94,7 +95,8 @@ def quantize_stages(
             yield from fast_stages(checkpoint, device, last)
 
     found = exchange.once(store.names)
-    with Keeper(store if exchange.is_first else None, device) as keeper, spaces_kept():
+    spaces = spaces_kept() if rest is None else nullcontext()  # which take a GB
+    with Keeper(store if exchange.is_first else None, device) as keeper, spaces:
         before: Kept = list
         for stage in stages():
             kept = quantize_stage(stage, stream, plan, store if stage.name in found else None, exchange, keeper)

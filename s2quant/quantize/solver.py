@@ -17,7 +17,8 @@ Legend: M outputs, K inputs, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class _Space:
         self.losses = torch.empty(num_rows, device=device)
         self.num_one_sided = torch.empty((), dtype=torch.int64, device=device)
         self._read: tuple[Tensor, ...] = ()  # the weights at first, R, the inverses of its blocks
+        self._factor: Callable[[], Tensor | None] = lambda: None  # the R that was copied last, if it is still there
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def solve(self, *read: Tensor) -> None:
@@ -157,8 +159,10 @@ class _Space:
             return
         if not self._read:
             self._read = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in read)
-        for ours, theirs in zip(self._read, read, strict=True):
+        is_known = self._factor() is read[1]  # of the linear before, which shares its inputs
+        for ours, theirs in zip(self._read[: 1 if is_known else 3], read, strict=False):
             ours.copy_(theirs)
+        self._factor = weakref.ref(read[1])
         if self._graph is None:
             self._graph = self._capture(self.before.device)
         self._graph.replay()

@@ -1,7 +1,8 @@
 """What a run has finished so far, on disk: one file per stage, so that a stopped run goes on.
 
 The folder `OUT.partial` holds `run.json` (the identity of the run), the calibration set, and for each finished
-stage its packed tensors with the records of its modules. A stage's file appears only when it is complete.
+stage its packed tensors with the records of its modules. A stage's file appears only when it is complete. Under hidden
+names it holds what is being written; what a killed run left of that is removed when the next one goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from s2quant.packing import QuantizedWeight, pack, unpack
 from s2quant.quantize.copies import to_host
 
 IDENTITY = "run.json"
-RUN_VERSION = 2  # of what finished stages are and hold; part of what a run must agree in to be gone on with
+RUN_VERSION = 3  # of what finished stages are and hold; part of what a run must agree in to be gone on with
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 

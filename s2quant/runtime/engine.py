@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,29 +39,12 @@ from s2quant.runtime.prefix import PREFIX_BYTES, PrefixCache
 from s2quant.runtime.prompt_graphs import PROMPT_GRAPHS, reads_together
 from s2quant.runtime.resting import RestingDecoders
 from s2quant.runtime.slots import Event, Slots
-from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.runtime.speech import DECODERS, DEFAULT_MAX_FRAMES, DecoderKind, Request, Speech, decoder_for
 from s2quant.runtime.streaming import Chunk, decoded
 from s2quant.runtime.voices import VoiceCache
 from s2quant.sampling import Sampling, sampling_faults
 
-DecoderKind = Literal["auto", "plain", "fast"]
 RELEASED_RESIDUAL_SIZE = 1024  # entries of a residual codebook of the released codec
-DECODERS = ("auto", "plain", "fast")
-
-
-def decoder_for(decoder: DecoderKind, device: torch.device) -> Literal["plain", "fast"]:
-    """Choose how frames are made.
-
-    Args:
-        decoder: What is asked for.
-        device: Where the model is.
-
-    Returns:
-        "fast" or "plain"; for "auto" the one that is faster there.
-    """
-    if decoder != "auto":
-        return decoder
-    return "fast" if device.type == "cuda" else "plain"
 
 
 class Engine:
@@ -234,6 +216,24 @@ class Engine:
         end = torch.zeros(len(frames), 1, dtype=torch.int64)
         end[0] = self.config.im_end_id
         return torch.cat([prompt, frames, end], dim=1)
+
+    def next_prompt(self, request: Request, codes: Sequence[Tensor]) -> Tensor | None:
+        """Put together what the model would have seen next, had it spoken on.
+
+        Args:
+            request: What was spoken.
+            codes: int64 [N, F] for each batch that was spoken.
+
+        Returns:
+            int64 [1+N, T], the prompt of the next batch; None if there is none, or the model has no room for it.
+        """
+        batches = self.prepare(request)
+        if len(codes) == len(batches):
+            return None
+        try:
+            return self._prompt(request, batches[len(codes)], list(zip(batches, codes, strict=False)))
+        except UserError:
+            return None  # text and voices were checked before: only the length can be wrong
 
     # ---- speaking ----------------------------------------------------------------------------------------------
 

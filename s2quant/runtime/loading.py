@@ -10,10 +10,11 @@ from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.codec import load_codec
 from s2quant.prompt import Tokenizer
 from s2quant.runtime import memory
-from s2quant.runtime.engine import DecoderKind, Engine
+from s2quant.runtime.engine import Engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import load_model, parse_device, parse_dtype
 from s2quant.runtime.prefix import PREFIX_BYTES
+from s2quant.runtime.speech import DecoderKind
 
 
 def load_engine(

@@ -20,11 +20,11 @@ from s2quant.errors import UserError, VerificationError, shorten_list
 from s2quant.files import atomic_file, check_new
 from s2quant.runtime.audio import pcm_bytes, write_chunks
 from s2quant.runtime.backends import describe_decoding
-from s2quant.runtime.engine import DecoderKind, Engine
+from s2quant.runtime.engine import Engine
 from s2quant.runtime.linears import Backend
 from s2quant.runtime.load import DTYPES
 from s2quant.runtime.loading import load_engine
-from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, Request, Speech
+from s2quant.runtime.speech import DEFAULT_MAX_FRAMES, DecoderKind, Request, Speech
 from s2quant.sampling import Sampling, sampling_faults
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from s2quant.prompt import Voice
@@ -15,6 +16,8 @@ from s2quant.sampling import Sampling
 
 DEFAULT_MAX_FRAMES = 1024
 StopReason = Literal["end", "limit", "full"]
+DecoderKind = Literal["auto", "plain", "fast"]
+DECODERS = ("auto", "plain", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +70,18 @@ class Speech:
     batch_frames: tuple[int, ...]
     num_prompt_tokens: int
     seconds: float
+
+
+def decoder_for(decoder: DecoderKind, device: torch.device) -> Literal["plain", "fast"]:
+    """Choose how frames are made.
+
+    Args:
+        decoder: What is asked for.
+        device: Where the model is.
+
+    Returns:
+        "fast" or "plain"; for "auto" the one that is faster there.
+    """
+    if decoder != "auto":
+        return decoder
+    return "fast" if device.type == "cuda" else "plain"

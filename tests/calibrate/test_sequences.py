@@ -175,3 +175,17 @@ def test_a_set_does_not_depend_on_who_speaks_which_group(engine: Engine, spoken:
     both = of(1, kept)
     assert [len(part) for part in parts] == [2, 1]
     assert all(torch.equal(a, b) for a, b in zip(both.sequences, spoken.sequences, strict=True))
+
+
+def test_sequences_of_several_batches_are_filled_with_what_comes_next(engine: Engine) -> None:
+    """Speech stops where a sequence is full; what the model would have seen there is the next batch's text."""
+    text = "\n".join(f"<|speaker:0|>{'word ' * 30}{number}." for number in range(3))  # batches of 300 bytes
+    line, frames = CalibrationLine(id="a", text=text), 20
+    settings = replace(SETTINGS, require_end=False, max_frames=frames)
+    whole = make_sequences(engine, [line], replace(settings, max_positions=10_000), "key", Path()).sequences[0]
+    batches = engine.prepare(Request(text=text))
+    assert len(batches) == 3
+    ends = (whole[0] == engine.config.im_end_id).nonzero()[:, 0].tolist()
+    for most in range(ends[2], ends[-1], 7):  # in text, in frames, between batches
+        cut = make_sequences(engine, [line], replace(settings, max_positions=most), "key", Path()).sequences[0]
+        assert torch.equal(cut, whole[:, :most]), most

@@ -353,11 +353,12 @@ def test_files_are_written_beside_the_stages(tiny_folder: Path, tmp_path: Path) 
     sizes: list[int] = []
 
     def report(phase: str, done: int, total: int) -> None:
-        files = (tmp_path / "out.partial").glob(".files.partial-*/*.safetensors")
         if phase == "text_model.model.layers.1":  # there are more, which cannot be finished before this returns
             until = time.monotonic() + 30
             while not sizes and time.monotonic() < until:
+                files = (tmp_path / "out.partial").glob(".files.partial-*/*.safetensors")
                 sizes.extend(path.stat().st_size for path in files)
+                time.sleep(0.02)
 
     quantize_checkpoint(options(tiny_folder, tmp_path), report)
     assert sizes

@@ -243,7 +243,7 @@ def test_small_objects_go_by_the_gpu_and_large_ones_by_the_host(monkeypatch, siz
         sent.setdefault(1 - rank, torch.zeros(8192, dtype=torch.uint8))
         if not int(sent[1 - rank][0]):  # nothing to read as yet
             sent[1 - rank] = small_of({}, 1 - rank)
-        found = exchange.merge(objects[rank])
+        found = exchange.merge(objects[rank], at_once=True)
     assert found == {0: "xxx", 1: "x" * size}
     assert (exchange._small(objects[0], torch.device("cpu")) is None) == (size > 8192)
 

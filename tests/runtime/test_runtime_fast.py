@@ -209,7 +209,7 @@ def test_an_unknown_decoder_is_refused(small_models):
 
 
 def test_a_gpu_gets_the_fast_decoder_unless_told():
-    from s2quant.runtime.engine import decoder_for
+    from s2quant.runtime.speech import decoder_for
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda:1")
     assert [decoder_for("auto", cpu), decoder_for("auto", gpu)] == ["plain", "fast"]

@@ -6,6 +6,7 @@ import pytest
 import quantize_speed
 import torch
 from parts import QUANTIZING, Parts
+from traced import summed_up
 
 from s2quant.checkpoint.config import S2Config
 from s2quant.export.random import tiny_config
@@ -66,3 +67,35 @@ class Sample:
 
     def inner(self):
         return 1
+
+
+def test_idle_time_is_put_down_to_what_the_main_thread_was_in():
+    def mark(name, ts, dur, tid=1):
+        return {"ph": "X", "name": f"## {name}", "ts": ts, "dur": dur, "tid": tid}
+
+    def kernel(ts, dur, name="gemm"):
+        return {"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur, "tid": 7}
+
+    events = [
+        *(mark("quantize_stage", ts, 900) for ts in (0, 1000, 2000, 3000)),
+        mark("solve", 1100, 300), mark("merge", 1200, 100), mark("solve", 2100, 100, tid=2),
+        kernel(500, 600, "before"), kernel(1150, 60), kernel(1200, 40), kernel(1290, 610, "add"), kernel(2000, 1000),
+        {"ph": "i", "name": "an instant"},
+    ]  # fmt: skip
+    found = summed_up(events)
+    assert found["stages"] == 2 and found["ms"] == 1.0
+    # 1000-1150, 1240-1290 and 1900-2000 are idle
+    assert found["idle_ms"] == {"quantize_stage": 0.075, "": 0.05, "quantize_stage > solve > merge": 0.025}
+    assert found["busy_ms"] == pytest.approx(0.85)
+    assert found["kernels_ms"] == {"gemm": 0.55, "add": 0.305}
+
+
+def test_stages_are_traced(tmp_path):
+    words = ["--size", "tiny", "--device", "cpu", "--layers", 6, "--sequences", 2, "--trace"]
+    paths = ["--out", tmp_path / "out", "--work", tmp_path / "work"]
+    assert quantize_speed.main([str(word) for word in (*words, *paths)]) == 0
+    found = json.loads((tmp_path / "out" / "quantize_speed.json").read_text("utf-8"))["runs"]["1 trace"]
+    traced = found["trace"]["trace-0"]
+    assert found["unequal"] == [] and traced["stages"] == 1 and traced["ms"] > 0
+    assert traced["busy_ms"] == 0 and sum(traced["idle_ms"].values()) == pytest.approx(traced["ms"])  # no GPU
+    assert all(part.startswith("quantize_stage") for part in traced["idle_ms"])
