@@ -103,7 +103,7 @@ def summed_up(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ms: from the beginning of the second stage to that of the last, over the number of stages between; busy_ms: of
         it kernels of any stream run; idle_ms: by what the main thread was in, innermost last; kernels_ms by name.
     """
-    marks = [event for event in events if event.get("ph") == "X" and str(event.get("name")).startswith(MARK)]
+    marks = [event for event in events if event.get("cat") == "user_annotation" and event["name"].startswith(MARK)]
     stages = sorted((mark for mark in marks if mark["name"] == f"{MARK}quantize_stage"), key=lambda mark: mark["ts"])
     begin, end, count = stages[1]["ts"], stages[-1]["ts"], len(stages) - 2
     own = sorted((mark for mark in marks if mark["tid"] == stages[0]["tid"]), key=lambda mark: mark["ts"])

@@ -71,16 +71,16 @@ class Sample:
 
 def test_idle_time_is_put_down_to_what_the_main_thread_was_in():
     def mark(name, ts, dur, tid=1):
-        return {"ph": "X", "name": f"## {name}", "ts": ts, "dur": dur, "tid": tid}
+        return {"cat": "user_annotation", "name": f"## {name}", "ts": ts, "dur": dur, "tid": tid}
 
     def kernel(ts, dur, name="gemm"):
-        return {"ph": "X", "cat": "kernel", "name": name, "ts": ts, "dur": dur, "tid": 7}
+        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "tid": 7}
 
     events = [
         *(mark("quantize_stage", ts, 900) for ts in (0, 1000, 2000, 3000)),
         mark("solve", 1100, 300), mark("merge", 1200, 100), mark("solve", 2100, 100, tid=2),
         kernel(500, 600, "before"), kernel(1150, 60), kernel(1200, 40), kernel(1290, 610, "add"), kernel(2000, 1000),
-        {"ph": "i", "name": "an instant"},
+        {"name": "an instant"}, mark("quantize_stage", 1500, 300) | {"cat": "gpu_user_annotation"},
     ]  # fmt: skip
     found = summed_up(events)
     assert found["stages"] == 2 and found["ms"] == 1.0
