@@ -70,8 +70,11 @@ def test_speech_behind_eight_thousand_positions_is_the_model_s_own(long_folder, 
 
 
 @pytest.mark.parametrize(("positions", "voice_frames", "frames"), [(LONG, 8190, 90), (700, 280, 700)])
-def test_both_decoders_say_the_same_far_out_and_up_to_the_last_position(folder_of, positions, voice_frames, frames):
-    folder = folder_of(positions)
+def test_both_decoders_say_the_same_far_out_and_up_to_the_last_position(
+    folder_of, positions, voice_frames, frames, monkeypatch
+):
+    folder, ends, free = folder_of(positions), [], FastDecoder.free
+    monkeypatch.setattr(FastDecoder, "free", lambda self, slot: (ends.append(self.positions[slot]), free(self, slot)))
     plain, fast = (load_engine(folder, dtype=torch.float32, num_slots=2, decoder=kind) for kind in KINDS)
     requests = [
         Request(text="Go on.", voices=(long_voice(voice_frames),), seed=1, max_frames=frames, ignore_end=True),
@@ -81,7 +84,7 @@ def test_both_decoders_say_the_same_far_out_and_up_to_the_last_position(folder_o
         assert torch.equal(ours.codes, theirs.codes) and ours.stop_reason == theirs.stop_reason == "limit"
         length = ours.num_prompt_tokens + ours.codes.shape[1]
         assert ours.index == 1 or length == min(positions, ours.num_prompt_tokens + frames)
-    assert max(fast._resting.newest.positions) > (8250 if positions == LONG else 698)
+    assert max(ends) > (8250 if positions == LONG else 698)
     assert torch.equal(fast.speak(requests[1]).codes, plain.speak(requests[1]).codes)
 
 
@@ -99,11 +102,15 @@ def test_odd_numbers_of_slots_say_what_each_says_alone(tiny_folder, num_slots, n
     assert fast._resting.newest.num_slots == min(num_slots, num_requests)
 
 
-def test_buckets_of_odd_numbers(tiny_folder, monkeypatch):
+def test_an_odd_number_of_slots_is_the_size_of_every_frame(tiny_folder, monkeypatch):
     keys, replay = set(), FastDecoder.replay
     monkeypatch.setattr(FastDecoder, "replay", lambda self, key: (keys.add(key[0]), replay(self, key))[1])
     engine = load_engine(tiny_folder, dtype=torch.float32, num_slots=7, decoder="fast")
     list(engine.generate([Request(text="Hi.", seed=n, max_frames=3 + 2 * n, ignore_end=True) for n in range(7)]))
+    assert keys == {7}
+    fast = engine._resting.newest
+    for count in (1, 2, 3, 5):
+        fast.launch(count)
     assert keys == {1, 2, 4, 7}  # doubling, the number of slots last
 
 
