@@ -168,11 +168,11 @@ def line_groups(texts: Sequence[str], num_slots: int) -> list[list[int]]:
         num_slots: Lines spoken at a time.
 
     Returns:
-        The lines' numbers by group, the longest texts first; 1 to GROUP_ROUNDS lines for each slot, the fewer the fewer
-        lines there are, as long as they fill the slots; the last group may have less.
+        The lines' numbers by group, the longest texts first: LEAST_GROUPS groups or more where that many fill the
+        slots, of GROUP_ROUNDS lines for each slot at most; the last group may have less.
     """
     order = sorted(range(len(texts)), key=lambda index: (-len(texts[index].encode()), index))
-    size = num_slots * max(1, min(GROUP_ROUNDS, len(texts) // (num_slots * LEAST_GROUPS)))
+    size = num_slots * min(GROUP_ROUNDS, len(texts) // (num_slots * LEAST_GROUPS) or GROUP_ROUNDS)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

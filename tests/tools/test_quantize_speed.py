@@ -91,11 +91,10 @@ def test_idle_time_is_put_down_to_what_the_main_thread_was_in():
 
 
 def test_stages_are_traced(tmp_path):
-    words = ["--size", "tiny", "--device", "cpu", "--layers", 6, "--sequences", 2, "--trace"]
-    paths = ["--out", tmp_path / "out", "--work", tmp_path / "work"]
-    assert quantize_speed.main([str(word) for word in (*words, *paths)]) == 0
-    found = json.loads((tmp_path / "out" / "quantize_speed.json").read_text("utf-8"))["runs"]["1 trace"]
+    words = ["--size", "tiny", "--device", "cpu", "--layers", 6, "--sequences", 1, "--processes", ""]
+    options = quantize_speed.arguments([str(word) for word in (*words, "--out", tmp_path, "--work", tmp_path / "work")])
+    found = quantize_speed.run(options, quantize_speed.prepared(options), 1, "trace")
     traced = found["trace"]["trace-0"]
-    assert found["unequal"] == [] and traced["stages"] == 1 and traced["ms"] > 0
+    assert found["status"] == 0 and traced["stages"] == 1 and traced["ms"] > 0
     assert traced["busy_ms"] == 0 and sum(traced["idle_ms"].values()) == pytest.approx(traced["ms"])  # no GPU
     assert all(part.startswith("quantize_stage") for part in traced["idle_ms"])
