@@ -14,12 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 from s2quant.errors import UserError
-
-LONGEST_WAIT = timedelta(days=7)  # a process may have nothing left to do long before the others
 
 T = TypeVar("T")
 
@@ -99,6 +96,8 @@ def find_ranks() -> Ranks:
             "the packages of s2quant[eval]",
             "pip install 's2quant[eval]', or run one process",
         ) from error
+    from s2quant.quantize.exchange import LONGEST_WAIT  # needs torch
+
     _import_before_joining()
     state = PartialState(cpu=True, backend="gloo", timeout=LONGEST_WAIT)  # else MPI where torch has it
     return Ranks(

@@ -12,7 +12,7 @@ from types import TracebackType
 from torch import Tensor
 
 from s2quant.checkpoint.reader import Checkpoint
-from s2quant.checkpoint.streamed import StreamedShards, packed_entries
+from s2quant.checkpoint.streamed import Described, StreamedShards, packed_entries
 from s2quant.checkpoint.writer import carry_files
 from s2quant.files import disk_errors, sha256_file
 from s2quant.quantize.plan import Plan
@@ -44,10 +44,15 @@ class Follower:
         self._thread = ThreadPoolExecutor(2)
 
     def __enter__(self) -> Follower:
+        packings = {}
+        for name, planned in self._plan.quantized.items():
+            assert planned.settings is not None
+            packings[name] = planned.settings.bits, planned.settings.group_size
+        described = packed_entries(self._checkpoint, packings)
         with disk_errors(self._out):
             self._folder = Path(tempfile.mkdtemp(prefix=".files.partial-", dir=self._store.folder))
         self._carried: Future[dict[str, str]] = self._thread.submit(self._carry)
-        self._shards: Future[dict[str, str]] = self._thread.submit(self._follow)
+        self._shards: Future[dict[str, str]] = self._thread.submit(self._follow, *described)
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _error: object, _traceback: TracebackType | None) -> None:
@@ -77,12 +82,7 @@ class Follower:
             names = carry_files(self._checkpoint.folder, self._folder)
             return {name: sha256_file(self._folder / name) for name in names}
 
-    def _follow(self) -> dict[str, str]:
-        packings = {}
-        for name, planned in self._plan.quantized.items():
-            assert planned.settings is not None
-            packings[name] = planned.settings.bits, planned.settings.group_size
-        kept, modules, entries = packed_entries(self._checkpoint, packings)
+    def _follow(self, kept: list[str], modules: list[str], entries: list[Described]) -> dict[str, str]:
         with disk_errors(self._out), StreamedShards(self._folder, entries, self._max_shard_bytes) as shards:
             for name in kept:
                 self._go_on()

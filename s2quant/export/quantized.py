@@ -322,7 +322,8 @@ def _write(
         save_set(calibration, details / "calibration.safetensors")
 
         def digest(path: Path) -> str:  # nothing is hashed twice
-            return str((hashes if path.parent == folder else record["inputs"]["model"]["sha256"])[path.name])
+            known: Mapping[str, str] = hashes if path.parent == folder else record["inputs"]["model"]["sha256"]
+            return known.get(path.name, "not there when the others were hashed")
 
         verify_quantized(folder, options.model, plan, records, digest)
         small = {

@@ -8,7 +8,8 @@ and the random numbers it used are used again by the utterance's next batch of t
 
 Every frame has all the slots, those whose utterances have ended and to which nothing more has come, too. So an
 utterance's frames are made by the same kernels from its first to its last, whichever others have ended, and no kernels
-are compiled for the last few utterances of a run (12 s for 64 slots, 7 s for 2, on a machine that has none compiled).
+are compiled for the last few utterances of a run, which takes seconds for each number of slots
+(reports/2026-11-27-two-gpus).
 """
 
 from __future__ import annotations

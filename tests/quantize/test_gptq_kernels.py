@@ -210,7 +210,7 @@ def both_ways(weight, hessian, settings, monkeypatch):
 @pytest.mark.parametrize("dead", [False, True])
 def test_whole_linears_are_gptqmodels(order, dead, monkeypatch):
     """The factor is rounded otherwise, so a weight between two codes may fall to either; three in a thousand may."""
-    weight, x = weights_of(64, 320).to(DEVICE), torch.randn(1500, 320, generator=torch.Generator().manual_seed(3))
+    weight, x = weights_of(32, 320).to(DEVICE), torch.randn(1500, 320, generator=torch.Generator().manual_seed(3))
     x = (x * torch.randperm(320, generator=torch.Generator().manual_seed(4)).add(1).pow(-0.5)).to(DEVICE)
     x[:, 7] *= 0 if dead else 1
     hessian = Hessian(320, "wo")
