@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(EXPECTED), default="s2-pro")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--slots", type=int, help="calibration lines spoken at a time, if not as `quantize` chooses")
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--full-length", action="store_true", help="calibration sequences of the most positions")
     parser.add_argument("--keep", action="store_true", help="leave what was made under --work")

@@ -69,6 +69,18 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         ) from error
 
 
+def add_slots(command: argparse.ArgumentParser) -> None:
+    """Add --slots, of calibration speech.
+
+    Args:
+        command: The command's parser.
+    """
+    command.add_argument(
+        "--slots", type=int, metavar="N",
+        help="calibration lines spoken at a time (as many as the GPU has memory for, at most 64; on a CPU 8)",
+    )  # fmt: skip
+
+
 def voice_cache(options: argparse.Namespace) -> Path | None:
     """Give the folder that `add_voice_cache`'s words name, or None."""
     from s2quant.runtime.voices import default_voice_folder

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2quant.cli.common import add_quiet, progress
+from s2quant.cli.common import add_quiet, add_slots, progress
 from s2quant.errors import S2QuantError, UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     command.add_argument("--calibration", type=Path, metavar="FILE", help="a calibration set to use, or to make")
     command.add_argument("--sequences", type=int, metavar="N", help="calibration sequences, instead of the recipe's")
-    command.add_argument("--slots", type=int, default=8, metavar="N", help="calibration lines spoken at a time")
+    add_slots(command)
     command.add_argument("--low-memory", action="store_true", help="stay under 12 GB of device memory; slower")
     command.add_argument("--resume", action="store_true", help="go on with a stopped run")
     command.add_argument("--plan", action="store_true", help="say what would be done; needs only DIR/config.json")

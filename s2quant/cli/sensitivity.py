@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from s2quant.cli.common import DTYPES, add_quiet, numbers, progress
+from s2quant.cli.common import DTYPES, add_quiet, add_slots, numbers, progress
 from s2quant.errors import UserError
 
 
@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         help="of these, how many are held out of the Hessians to measure the damage (8)",
     )  # fmt: skip
     command.add_argument("--calibration", type=Path, metavar="FILE", help="a calibration set to use, or to make")
-    command.add_argument("--slots", type=int, default=8, metavar="N", help="calibration lines spoken at a time")
+    add_slots(command)
     command.add_argument(
         "--no-weights", action="store_true",
         help="do not keep the quantized candidates, about as large as the model; search --model needs them",
@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> int:
-    if options.slots < 1:
+    if options.slots is not None and options.slots < 1:
         raise UserError(f"--slots {options.slots}", "a positive number", "correct it")
     bits = numbers("--bits", options.bits)
     from s2quant.search.sensitivity import SensitivityOptions, measure_sensitivity

@@ -4,7 +4,8 @@ What a run of the 4B model holds on the device, by its sizes (`quantize --plan` 
 
 - While it speaks the calibration lines: all of the bf16 model, 9.12 GB, and keys and values of each utterance in
   progress: 2 x 36 layers x 8 heads x 128 x 2 bytes = 147 kB a position, 0.15 GB at 1024 positions. Eight utterances
-  and the codec (1.6 GB) do not fit into 12 GB; two, with voices encoded on the host, do.
+  and the codec (1.6 GB) do not fit into 12 GB; two, with voices encoded on the host, do. The more at a time, the faster
+  (`calibration_slots`).
 - While it quantizes: one block and the next (0.2 GB each), some copies of the largest Hessian (9728 x 9728 in float32,
   0.38 GB each: up to five while it is summed), a batch of activations, and the calibration stream (256 x 1024 x 2560 x
   2 bytes = 1.3 GB, and 6.4 GB of what its batches are within a block), which can rest on the host; and 1 GB for each
@@ -25,10 +26,70 @@ from contextlib import contextmanager
 
 import torch
 
+from s2quant.calibrate.sequences import LEAST_GROUPS
+from s2quant.checkpoint.reader import Checkpoint
+from s2quant.recipe import Calibration
+from s2quant.runtime.fast import context_bucket
 from s2quant.runtime.memory import limit_memory, release_memory
 
 LOW_MEMORY_BYTES = 12_000_000_000
 LOW_MEMORY_SLOTS = 2
+USUAL_SLOTS = 8
+MANY_SLOTS = (64, 32, 16)  # a GPU speaks with twice as many in much less than twice the time
+SPEECH_SHARE = 0.75  # of a GPU's memory, for weights and caches; the rest: logits, noise, captured launches, libraries
+
+
+def calibration_slots(
+    wanted: int | None,
+    low_memory: bool,
+    checkpoint: Checkpoint,
+    settings: Calibration,
+    num_lines: int,
+    device: torch.device,
+) -> int:
+    """Choose how many utterances are in progress at a time while calibration lines are spoken.
+
+    Args:
+        wanted: What the user asked for; None: see `slots_that_fit`.
+        low_memory: Whether at most LOW_MEMORY_SLOTS are.
+        checkpoint: The model.
+        settings: Say how long sequences and utterances become.
+        num_lines: Lines that are spoken.
+        device: Where they are spoken.
+
+    Returns:
+        Their number: on a CPU USUAL_SLOTS unless another is wanted.
+    """
+    number = wanted
+    if number is None:
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        number = slots_that_fit(total, checkpoint, settings, num_lines)
+    return min(number, LOW_MEMORY_SLOTS) if low_memory else number
+
+
+def slots_that_fit(total_bytes: int, checkpoint: Checkpoint, settings: Calibration, num_lines: int) -> int:
+    """Tell how many utterances a GPU has room for, beside the model and its codec, and lines for.
+
+    The size of its memory counts, not what is free, so that the same device always speaks the same way; and there are
+    groups of lines for several processes to share, so that one alone speaks them that way, too.
+
+    Args:
+        total_bytes: Its memory.
+        checkpoint: The model, which speaks in the type it is stored in.
+        settings: Say how long sequences and utterances become.
+        num_lines: Lines that are spoken.
+
+    Returns:
+        One of MANY_SLOTS, or USUAL_SLOTS if none of them fits: whether those do is seen when they are tried.
+    """
+    slow, codec = checkpoint.config.slow, checkpoint.folder / "codec.pth"
+    weights = sum(entry.num_bytes for entry in checkpoint.entries.values())
+    weights += codec.stat().st_size if codec.exists() else 0
+    positions = context_bucket(max(settings.max_positions, settings.max_frames), slow.max_seq_len)
+    each = 2 * slow.n_layer * slow.n_local_heads * slow.head_dim * torch.bfloat16.itemsize * positions
+    room = SPEECH_SHARE * total_bytes - weights
+    most = num_lines // LEAST_GROUPS
+    return next((number for number in MANY_SLOTS if number <= most and number * each <= room), USUAL_SLOTS)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from s2quant.export.calibration import (
 from s2quant.export.card import licence_of, model_card
 from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.following import Follower
-from s2quant.export.memory import LOW_MEMORY_SLOTS, device_cap, host_peak_bytes, take_peak_bytes
+from s2quant.export.memory import calibration_slots, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, sha256_file, write_json
 from s2quant.prompt import Tokenizer
@@ -65,7 +65,8 @@ class QuantizeOptions:
         resume: Whether to go on with a stopped run.
         eval_folder: Texts that calibration must not contain; None skips the check when there is no such folder.
         num_sequences: Calibration sequences, instead of the recipe's number.
-        num_slots: Utterances in progress at a time while calibration lines are spoken.
+        num_slots: Utterances in progress at a time while calibration lines are spoken; None: see
+            `s2quant.export.memory.calibration_slots`.
         max_shard_bytes: Shard limit of the output.
         low_memory: Whether to stay under `memory.LOW_MEMORY_BYTES` of device memory: see `s2quant.export.memory`.
         exchange: The processes that share the work.
@@ -79,15 +80,10 @@ class QuantizeOptions:
     resume: bool = False
     eval_folder: Path | None = None
     num_sequences: int | None = None
-    num_slots: int = 8
+    num_slots: int | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     low_memory: bool = False
     exchange: Exchange = field(default_factory=Exchange)
-
-    @property
-    def slots(self) -> int:
-        """Utterances that are really in progress at a time."""
-        return min(self.num_slots, LOW_MEMORY_SLOTS) if self.low_memory else self.num_slots
 
     @property
     def codec_device(self) -> torch.device | None:
@@ -124,6 +120,8 @@ def quantize_checkpoint(
     if not plan.quantized:
         raise UserError(f"recipe {recipe.name} quantizes nothing", "at least one rule that quantizes", "add one")
     lines = calibration_lines(recipe, options.eval_folder, options.num_sequences)
+    asked = (options.num_slots, options.low_memory)
+    num_slots = calibration_slots(*asked, checkpoint, recipe.calibration, len(lines), device)
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
@@ -142,11 +140,11 @@ def quantize_checkpoint(
 
         spoken = None
         if not finished and exchange.once(lambda: _is_fresh(options)):  # nothing that the hashes are compared with
-            where = (device, options.slots, exchange, report, options.codec_device)
+            where = (device, num_slots, exchange, report, options.codec_device)
             spoken = spoken_set(recipe, checkpoint, lines, *where, wait)
         wait()
         model_sha256 = exchange.agree({} if hashes is None else hashes.result())
-        identity = _identity(recipe, model_sha256, lines, device, options)
+        identity = _identity(recipe, model_sha256, lines, device, num_slots)
         if finished:
             return _finished_records(options.out, identity, exchange)
         store, calibration = _start(options, recipe, checkpoint, lines, identity, device, report, spoken)
@@ -183,6 +181,7 @@ def quantize_checkpoint(
                 recipe.calibration.seed,
                 **peaks,
                 low_memory=options.low_memory,
+                num_slots=num_slots,
                 num_processes=exchange.world,
                 processes=list(exchange.merge({exchange.rank: peaks}).values()),
                 num_quantized=len(plan.quantized),
@@ -233,7 +232,7 @@ def _start(
     try:
         if spoken is not None:
             return store, kept_set(spoken, key, path, exchange)
-        where = (device, options.slots, exchange, report, options.codec_device)
+        where = (device, identity["num_slots"], exchange, report, options.codec_device)
         return store, calibration_set(path, recipe, checkpoint, lines, key, *where)
     except UserError:
         if is_new and exchange.is_first:  # nothing is finished, so there is nothing to resume
@@ -277,7 +276,7 @@ def _identity(
     model_sha256: Mapping[str, str],
     lines: Sequence[CalibrationLine],
     device: torch.device,
-    options: QuantizeOptions,
+    num_slots: int,
 ) -> dict[str, Any]:
     """Name all that the bytes of the result depend on."""
     return {
@@ -285,7 +284,7 @@ def _identity(
         "recipe_sha256": recipe.sha256,
         "model_sha256": dict(model_sha256),
         "calibration_key": calibration_key(lines, recipe.calibration, model_sha256),
-        "num_slots": options.slots,
+        "num_slots": num_slots,
         "device": device_name(device),
         "num_threads": torch.get_num_threads(),
         "versions": versions(),

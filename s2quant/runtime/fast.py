@@ -154,7 +154,7 @@ class FastDecoder:
         self._pool = torch.cuda.graph_pool_handle() if self.graphs_wanted else None
         self.reader: PromptReader | None = None
         if prompt_graphs:
-            bucket = partial(_bucket, first=FIRST_CONTEXT, most=self.max_positions)  # not this decoder's: no cycle
+            bucket = partial(context_bucket, most=self.max_positions)  # not this decoder's: no cycle
             how = (self.graphs_wanted, self._pool, None, self._fused, prompts_together)
             self.reader = PromptReader(model.slow, self.cache, bucket, *how)
         self._num_reads = 0
@@ -391,10 +391,23 @@ class FastDecoder:
         self._made[slot] += AHEAD
 
     def _context_bucket(self, live: int) -> int:
-        return _bucket(live, FIRST_CONTEXT, self.max_positions)
+        return context_bucket(live, self.max_positions)
 
     def _rank_bucket(self, count: int) -> int:
         return _bucket(max(self._top_k[:count]), FIRST_RANKS, self.num_semantic + 1)
+
+
+def context_bucket(live: int, most: int) -> int:
+    """Round positions up to what a cache has room for, and a frame looks at.
+
+    Args:
+        live: Positions.
+        most: Positions that the model takes.
+
+    Returns:
+        FIRST_CONTEXT times a power of two, or `most`.
+    """
+    return _bucket(live, FIRST_CONTEXT, most)
 
 
 def _bucket(wanted: int, first: int, most: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from s2quant.codec import load_codec
 from s2quant.errors import UserError
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenSequence
 from s2quant.export.calibration import Report, calibration_lines, calibration_set
+from s2quant.export.memory import calibration_slots
 from s2quant.export.quantized import partial_folder
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
@@ -64,7 +65,8 @@ class SensitivityOptions:
         calibration: A stored calibration set to use, or to make for later use; None keeps it with the run.
         resume: Whether to go on with a stopped run.
         eval_folder: Texts that calibration must not contain; None skips the check.
-        num_slots: Utterances in progress at a time while lines are spoken.
+        num_slots: Utterances in progress at a time while lines are spoken; None: see
+            `s2quant.export.memory.calibration_slots`.
         keep_weights: Whether the folder keeps the quantized candidates.
     """
 
@@ -79,7 +81,7 @@ class SensitivityOptions:
     calibration: Path | None = None
     resume: bool = False
     eval_folder: Path | None = None
-    num_slots: int = 8
+    num_slots: int | None = None
     keep_weights: bool = True
 
 
@@ -116,6 +118,8 @@ def measure_sensitivity(
     plan = make_plan(recipe, checkpoint.config)
     units, left_out = find_units(plan, options.bits)
     lines = calibration_lines(recipe, options.eval_folder, options.num_sequences)
+    num_slots = calibration_slots(options.num_slots, False, checkpoint, recipe.calibration, len(lines), device)
+    options = replace(options, num_slots=num_slots)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
     model_sha256 = folder_hashes(options.model)
