@@ -133,7 +133,7 @@ def measure_sensitivity(
     try:
         calibration = calibration_set(
             options.calibration or folder / "calibration.safetensors",
-            recipe, checkpoint, lines, key, device, options.num_slots, Exchange(), report,
+            recipe, checkpoint, lines, key, device, num_slots, Exchange(), report,
         )  # fmt: skip
         residual_size = min(load_codec(options.model).config.residual_size, checkpoint.config.codebook_size)
         split = split_held(calibration, recipe, checkpoint, residual_size, options.num_held)
