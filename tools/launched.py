@@ -1,7 +1,8 @@
 """Commands of s2quant in one process or in several, each within its time, and when the files that they write appeared.
 
-Several processes are started by `accelerate launch`, as a user starts them. The commands print no progress when nobody
-watches, so the seconds of their phases are read from their folders: a phase ends when its files change no more.
+Several processes are started by `accelerate launch` or by `--processes`, as a user starts them. The commands print no
+progress when nobody watches, so the seconds of their phases are read from their folders: a phase ends when its files
+change no more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = Path(__file__).resolve().parent / "preloaded.py"
+LAUNCHERS = ("accelerate", "s2quant")
 POLL_S = 0.1
 END_S = 40  # of a launcher that is told to end: it waits up to 30 s for its processes before it kills them
 LAST_LINES = 12
@@ -34,6 +36,7 @@ class Launcher:
         num_processes: Of a command that is shared.
         preload: Libraries of torch operations that every process loads first.
         log: What the commands print is appended to it.
+        launcher: Starts several: one of LAUNCHERS.
         profile: Where every process writes what its host did; None: nowhere.
         parts: Where every process writes how long the parts of quantizing took; None: nowhere.
         trace: Where every process writes what its GPU waited for while quantizing; None: nowhere.
@@ -42,6 +45,7 @@ class Launcher:
     num_processes: int
     preload: Sequence[Path]
     log: Path
+    launcher: str = LAUNCHERS[0]
     profile: Path | None = None
     parts: Path | None = None
     trace: Path | None = None
@@ -55,6 +59,9 @@ class Launcher:
             program = [str(PRELOADED), *before, *(str(library.resolve()) for library in self.preload), "--"]
         if not shared:
             return [sys.executable, *program, *words]
+        if self.launcher == "s2quant":
+            assert program[0] == "-m", "what is watched or preloaded is started by accelerate"
+            return [sys.executable, *program, *words, "--processes", str(self.num_processes)]
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(self.num_processes)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         return [sys.executable, *launch, "--main_process_port", str(free_port()), *program, *words]

@@ -2,7 +2,8 @@
 
     python tools/two_gpus.py --out DIR [--work /dev/shm/two] [--num-processes 2] [--only eval,quantize]
 
-Does the same once by one process and once by `accelerate launch --multi_gpu --num_processes N`:
+Does the same once by one process and once by `accelerate launch --multi_gpu --num_processes N` (with --launcher s2quant
+by `s2quant ... --processes N`):
 
 - eval: quantizes models/s2-mini, then evaluates it against the original (`s2quant eval`);
 - quantize: a bf16 checkpoint of random weights of the real size (11 GB under --work, and 6 GB twice) by the recipe of
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpu_check import full_length_recipe  # noqa: E402
-from launched import Launcher  # noqa: E402
+from launched import LAUNCHERS, Launcher  # noqa: E402
 from same_output import compare_quantized, compare_runs  # noqa: E402
 
 from s2quant.calibrate.sequences import LEAST_GROUPS, line_groups  # noqa: E402
@@ -63,12 +64,16 @@ class Check:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.started, self.until, self.part = options, time.perf_counter(), float("inf"), ""
         self.launcher = Launcher(
-            num_processes=options.num_processes, preload=options.preload, log=options.out / "two_gpus.log"
+            num_processes=options.num_processes,
+            preload=options.preload,
+            log=options.out / "two_gpus.log",
+            launcher=options.launcher,
         )
         self.facts: dict[str, Any] = {
             "device": device_name(parse_device(options.device)),
             "host": f"{platform.machine()}, {self.launcher.environment()['OMP_NUM_THREADS']} threads a process",
             "num_processes": options.num_processes,
+            "launcher": options.launcher,
             "commit": options.commit or git_commit(),
             "versions": versions(("accelerate", "openai-whisper", "jiwer", "pandas", "scipy", "statsmodels")),
             "parts": {},
@@ -267,7 +272,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
         notes += [f"{name}: differs: {sentence}" for sentence in part.get("differences", [])]
         notes += [f"{name}: {part['error']}"] if "error" in part else []
     head = (
-        f"# {several} processes against one\n\nWritten by `tools/two_gpus.py` on {facts['device']}, {facts['host']}; "
+        f"# {several} processes against one\n\nWritten by `tools/two_gpus.py` on {facts['device']}, {facts['host']}, "
+        f"processes started by {facts['launcher']}; "
     )
     tail = "".join(f"- {note}\n" for note in notes)
     return f"{head}commit {facts['commit']}.\n\n" + "\n".join(lines) + f"\n\n{tail}"
@@ -290,6 +296,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "s2quant-two-gpus")
     parser.add_argument("--num-processes", type=int, default=2)
+    parser.add_argument("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0], help="starts several processes")
     parser.add_argument("--device", default="cuda", help="cuda: a GPU for each process; or cpu")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--eval-seconds", type=float, default=400, help="the time of the part")
@@ -318,6 +325,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--only {name}: parts are {', '.join(PARTS)}")
         if missing(name):
             parser.error(f"{name} needs packages that are not installed: {', '.join(missing(name))}")
+    if options.launcher != LAUNCHERS[0] and options.preload:
+        parser.error(f"--launcher {options.launcher} --preload: {LAUNCHERS[0]} starts what is preloaded")
     if options.num_processes < 2:
         parser.error(f"--num-processes {options.num_processes}: 2 or more are compared with one")
     if options.device not in ("cpu", "cuda"):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from s2quant import __version__
 from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, search, sensitivity, speak
+from s2quant.cli.processes import are_wanted, run_processes
 from s2quant.errors import UserError, VerificationError, is_out_of_memory
 
 COMMANDS = (
@@ -41,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
     try:
+        if are_wanted(options):
+            return run_processes(options.processes, words)
         status: int = options.run(options)
         sys.stdout.flush()
         return status

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2quant.cli.common import DTYPES, LINEARS, add_decoder, add_quiet, progress
+from s2quant.cli.processes import add_processes
 from s2quant.errors import UserError
 
 
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
     command.add_argument("--linears", choices=LINEARS, default="auto", help="quantized linears")
     add_decoder(command)
     command.add_argument("--slots", type=int, default=8, metavar="N", help="utterances in progress at a time")
+    add_processes(command)
     command.add_argument(
         "--baseline-run", type=Path, metavar="DIR",
         help="another run of the suite with this baseline, whose speech of it is taken instead of made anew",
@@ -57,7 +59,7 @@ def _eval(options: argparse.Namespace) -> int:
     from s2quant.evaluate.run import run_eval
     from s2quant.report import write_report
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that `accelerate launch` starts, one has a bar
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, one has a bar
     with progress(options.quiet or not first) as report:
         results = run_eval(
             EvalOptions(

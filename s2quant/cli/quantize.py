@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2quant.cli.common import add_quiet, add_slots, progress
+from s2quant.cli.processes import add_processes
 from s2quant.errors import S2QuantError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add(commands: Any) -> None:
     command.add_argument("--calibration", type=Path, metavar="FILE", help="a calibration set to use, or to make")
     command.add_argument("--sequences", type=int, metavar="N", help="calibration sequences, instead of the recipe's")
     add_slots(command)
+    add_processes(command)
     command.add_argument("--low-memory", action="store_true", help="stay under 12 GB of device memory; slower")
     command.add_argument("--resume", action="store_true", help="go on with a stopped run")
     command.add_argument("--plan", action="store_true", help="say what would be done; needs only DIR/config.json")
@@ -45,7 +47,7 @@ def _quantize(options: argparse.Namespace) -> int:
     from s2quant.quantize.exchange import join_exchange
     from s2quant.runtime.load import parse_device
 
-    ranks = find_ranks()  # several under `accelerate launch`: they share the work
+    ranks = find_ranks()  # several by --processes or `accelerate launch`: they share the work
     device = ranks.device(options.device)
     exchange = join_exchange(ranks.rank, ranks.world, parse_device(device))
     try:

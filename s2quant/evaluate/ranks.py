@@ -1,4 +1,4 @@
-"""One process, or several that `accelerate launch` started: who does which part, and waiting for one another.
+"""One process, or several by `--processes` or `accelerate launch`: who does which part, and waiting for one another.
 
 Processes share nothing but the run's folder. Every one takes its share of the jobs and writes files of its own; they
 meet only at barriers, so no tensor ever crosses between them, and the CPU's backend is enough on any machine.

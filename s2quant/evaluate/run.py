@@ -1,4 +1,4 @@
-"""The run of a suite: speak, compare tokens, listen, time, sum up. One process, or several by `accelerate launch`.
+"""The run of a suite: speak, compare tokens, listen, time, sum up. In one process or in several.
 
     plan -> clips (generate.py) -> token metrics -> transcripts -> embeddings (score.py) -> timings -> records, results
 

@@ -146,6 +146,12 @@ def test_libraries_are_loaded_before_the_words_are_read(tmp_path, monkeypatch, c
     assert "s2quant inspect: error" in capsys.readouterr().err
 
 
+def test_several_can_be_started_by_s2quant_itself(tmp_path):
+    launcher = Launcher(num_processes=3, preload=[], log=tmp_path / "log", launcher="s2quant")
+    alone, shared = (launcher.command(["inspect", "none"], shared) for shared in (False, True))
+    assert shared == [*alone, "--processes", "3"]
+
+
 def test_phases_end_when_their_files_grow_no_more(tmp_path):
     watch = Watch({"first": [tmp_path / "a-*"], "never": [tmp_path / "b"], "second": [tmp_path / "c"]})
     with watch:

@@ -1,0 +1,206 @@
+"""`--processes N`: what processes are told, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.cli import main, processes
+from s2quant.cli.processes import are_wanted, run_processes
+from s2quant.errors import UserError
+from s2quant.files import read_json, sha256_file
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-w4a16.yaml"
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+LAUNCHER = """
+import sys
+from s2quant.cli import processes
+processes.COMMAND, processes.GRACE_S = (sys.executable, sys.argv[1]), 60.0
+sys.exit(processes.run_processes(2, sys.argv[2:]))
+"""
+
+
+def starts(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, grace_s: float = 60.0) -> None:
+    """Let processes run a script in place of s2quant; it knows its rank, and the words as sys.argv[1:]."""
+    script = folder / "script.py"
+    script.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + text, "utf-8")
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(processes, "GRACE_S", grace_s)
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_what_they_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every one its number, all the same port; cores are shared out; only the first has this process's input."""
+    told = f"names = {TOLD}\nfound = [os.environ[name] for name in names] + sys.argv[1:] + [sys.stdin.read()]\n"
+    starts(monkeypatch, tmp_path, told + f"open({str(tmp_path)!r} + f'/told-{{rank}}', 'w').write('|'.join(found))\n")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    with (tmp_path / "input").open("w+") as text:
+        text.write("read me")
+        text.seek(0)
+        kept = os.dup(0)
+        os.dup2(text.fileno(), 0)
+        try:
+            assert run_processes(3, ["a", "b c"]) == 0
+        finally:
+            os.dup2(kept, 0)
+            os.close(kept)
+    told_to = [(tmp_path / f"told-{rank}").read_text().split("|") for rank in range(3)]
+    ports = {one[5] for one in told_to}
+    assert len(ports) == 1
+    port = ports.pop()
+    assert told_to == [
+        [str(rank), str(rank), "3", "3", "127.0.0.1", port, "2", "a", "b c", "" if rank else "read me"]
+        for rank in range(3)
+    ]
+
+
+def test_threads_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    starts(monkeypatch, tmp_path, "sys.exit(int(os.environ['OMP_NUM_THREADS']) - 5)\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert run_processes(2, []) == 0
+
+
+def test_an_error_that_all_have_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starts(monkeypatch, tmp_path, "print('got: nothing', file=sys.stderr)\nsys.exit(2)\n")
+    assert run_processes(3, []) == 2
+    assert capfd.readouterr().err == "got: nothing\n"
+
+
+def test_one_that_fails_ends_those_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What it said is shown, and its status counts, not that of those that were ended."""
+    script = "if rank == 1:\n    print('got: no GPU', file=sys.stderr)\n    sys.exit(3)\ntime.sleep(100)\n"
+    starts(monkeypatch, tmp_path, script, grace_s=0.2)
+    began = time.monotonic()
+    assert run_processes(3, []) == 3
+    assert time.monotonic() - began < 30
+    assert capfd.readouterr().err == "process 1 of 3 (exit status 3):\ngot: no GPU\n\n"
+
+
+def test_the_others_may_end_by_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They have something to clear away when one has failed."""
+    done = f"open({str(tmp_path / 'done')!r}, 'w')\n"
+    starts(monkeypatch, tmp_path, "if rank == 0:\n    sys.exit(4)\ntime.sleep(1.5)\n" + done)
+    assert run_processes(2, []) == 4
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, 137), (signal.SIGSEGV, 139)])
+def test_a_signal_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    starts(monkeypatch, tmp_path, f"if rank:\n    os.kill(os.getpid(), {int(number)})\n")
+    assert run_processes(2, []) == status
+
+
+def test_one_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank:\n    time.sleep(0.5)\n    sys.exit(1)\n"
+    starts(monkeypatch, tmp_path, deaf + "time.sleep(100)\n", grace_s=0.1)
+    monkeypatch.setattr(processes, "KILL_S", 0.3)
+    began = time.monotonic()
+    assert run_processes(2, []) == 1
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM comes to the launcher alone, which passes it on; control-C comes to all, which say what is kept."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
+        "(folder / os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "try:\n    time.sleep(100)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n",
+        "utf-8",
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(script), str(tmp_path)], start_new_session=True)
+    try:
+        started = [tmp_path / "0", tmp_path / "1"]
+        until = time.monotonic() + 60
+        while not all(path.exists() and path.read_text() for path in started) and time.monotonic() < until:
+            time.sleep(0.05)
+        numbers = [int(path.read_text()) for path in started]
+        if number == signal.SIGINT:
+            os.killpg(launcher.pid, number)
+        else:
+            launcher.send_signal(number)
+        assert launcher.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        for one in numbers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(one, 0)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("launched", "count", "device", "expected"),
+    [
+        (None, 1, "cuda:1", False),
+        (None, 2, "cuda", True),
+        (None, 2, "cpu", True),
+        ("2", 2, "cuda", False),  # this is one of the two
+        ("2", 1, "cuda", False),  # started by accelerate
+    ],
+)
+def test_when_they_are_started(
+    monkeypatch: pytest.MonkeyPatch, launched: str | None, count: int, device: str, expected: bool
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched)
+    assert are_wanted(argparse.Namespace(processes=count, device=device)) is expected
+
+
+def test_other_commands_have_one_process() -> None:
+    assert not are_wanted(argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    ("launched", "count", "device", "said"),
+    [
+        (None, 0, "cpu", r"--processes 0(.|\n)*positive"),
+        ("2", 3, "cpu", r"--processes 3 in one of 2(.|\n)*without the launcher"),
+        (None, 2, "cuda:1", r"--processes 2 on cuda:1(.|\n)*say --device cuda"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, launched: str | None, count: int, device: str, said: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("WORLD_SIZE", launched)
+    with pytest.raises(UserError, match=said):
+        are_wanted(argparse.Namespace(processes=count, device=device))
+
+
+def test_two_processes_quantize_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_folder: Path,
+    tiny_quantized: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """And a second time both refuse the folder that is there, with one message."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = ["quantize", str(RECIPE), "--model", str(tiny_folder), "--out", str(tmp_path / "two"), "--processes", "2"]
+    assert main(words) == 0
+    assert capfd.readouterr().out.count("verified") == 1
+    assert read_json(tmp_path / "two" / "manifest.json")["num_processes"] == 2
+    assert len(open_checkpoint(tmp_path / "two").entries) == len(open_checkpoint(tiny_quantized).entries)
+    for name in ("model.safetensors", "config.json", "s2quant/calibration.safetensors"):
+        assert sha256_file(tmp_path / "two" / name) == sha256_file(tiny_quantized / name), name
+    assert main(words) == 2
+    assert capfd.readouterr().err.count("exists already") == 1
