@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: threads that wait for a busy core spin on theirs
 
 import pytest
 import torch

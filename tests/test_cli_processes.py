@@ -18,12 +18,15 @@ from s2quant.cli.processes import are_wanted, run_processes
 from s2quant.errors import UserError
 from s2quant.files import read_json, sha256_file
 
-RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "tiny-w4a16.yaml"
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPE = REPOSITORY / "recipes" / "tiny-w4a16.yaml"
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 LAUNCHER = """
 import sys
 from s2quant.cli import processes
-processes.COMMAND, processes.GRACE_S = (sys.executable, sys.argv[1]), 60.0
+script = sys.argv[1]
+processes.command = lambda: [sys.executable, script]
+processes.GRACE_S, processes.FORWARD_S = 60.0, 0.5
 sys.exit(processes.run_processes(2, sys.argv[2:]))
 """
 
@@ -31,8 +34,9 @@ sys.exit(processes.run_processes(2, sys.argv[2:]))
 def starts(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, grace_s: float = 60.0) -> None:
     """Let processes run a script in place of s2quant; it knows its rank, and the words as sys.argv[1:]."""
     script = folder / "script.py"
-    script.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + text, "utf-8")
-    monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(script)))
+    head = "import os, signal, sys, time\nfrom pathlib import Path\n"
+    script.write_text(f"{head}rank, folder = int(os.environ['RANK']), Path({str(folder)!r})\n{text}", "utf-8")
+    monkeypatch.setattr(processes, "command", lambda: [sys.executable, str(script)])
     monkeypatch.setattr(processes, "GRACE_S", grace_s)
     for name in TOLD:
         monkeypatch.delenv(name, raising=False)
@@ -41,8 +45,8 @@ def starts(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, grace_s: fl
 def test_what_they_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every one its number, all the same port; cores are shared out; only the first has this process's input."""
     told = f"names = {TOLD}\nfound = [os.environ[name] for name in names] + sys.argv[1:] + [sys.stdin.read()]\n"
-    starts(monkeypatch, tmp_path, told + f"open({str(tmp_path)!r} + f'/told-{{rank}}', 'w').write('|'.join(found))\n")
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    starts(monkeypatch, tmp_path, told + "(folder / f'told-{rank}').write_text('|'.join(found))\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(7)), raising=False)
     with (tmp_path / "input").open("w+") as text:
         text.write("read me")
         text.seek(0)
@@ -77,6 +81,30 @@ def test_an_error_that_all_have_is_said_once(
     assert capfd.readouterr().err == "got: nothing\n"
 
 
+def test_an_error_of_one_is_said_whoever_was_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first process has lost its partner; why is what the other wrote, even with the same exit status."""
+    script = """
+if rank == 0:
+    print("connection closed", file=sys.stderr)
+    sys.exit(1)
+raise RuntimeError(f"the cause in {rank}")
+"""
+    starts(monkeypatch, tmp_path, script)
+    assert run_processes(3, []) == 1
+    said = capfd.readouterr().err
+    assert "connection closed" in said and "the cause in 1" in said and "the cause in 2" in said
+
+
+def test_the_same_from_several_others_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starts(monkeypatch, tmp_path, "if rank:\n    print('got: no GPU', file=sys.stderr)\n    sys.exit(2)\n")
+    assert run_processes(3, []) == 2
+    assert capfd.readouterr().err == "process 1 of 3 (exit status 2):\ngot: no GPU\n"
+
+
 def test_one_that_fails_ends_those_that_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +114,7 @@ def test_one_that_fails_ends_those_that_wait_for_it(
     began = time.monotonic()
     assert run_processes(3, []) == 3
     assert time.monotonic() - began < 30
-    assert capfd.readouterr().err == "process 1 of 3 (exit status 3):\ngot: no GPU\n\n"
+    assert capfd.readouterr().err == "process 1 of 3 (exit status 3):\ngot: no GPU\n"
 
 
 def test_the_others_may_end_by_themselves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,51 +125,85 @@ def test_the_others_may_end_by_themselves(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, 137), (signal.SIGSEGV, 139)])
 def test_a_signal_is_a_failure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, status: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    status: int,
+    rank: int,
 ) -> None:
-    starts(monkeypatch, tmp_path, f"if rank:\n    os.kill(os.getpid(), {int(number)})\n")
+    starts(monkeypatch, tmp_path, f"if rank == {rank}:\n    os.kill(os.getpid(), {int(number)})\n")
     assert run_processes(2, []) == status
+    assert capfd.readouterr().err == f"process {rank} of 2 was ended by {number.name}\n"
 
 
 def test_one_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank:\n    time.sleep(0.5)\n    sys.exit(1)\n"
-    starts(monkeypatch, tmp_path, deaf + "time.sleep(100)\n", grace_s=0.1)
+    deaf = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / "deaf").touch()
+    time.sleep(100)
+while not (folder / "deaf").exists():
+    time.sleep(0.05)
+sys.exit(1)
+"""
+    starts(monkeypatch, tmp_path, deaf, grace_s=0.1)
     monkeypatch.setattr(processes, "KILL_S", 0.3)
     began = time.monotonic()
     assert run_processes(2, []) == 1
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
-    """SIGTERM comes to the launcher alone, which passes it on; control-C comes to all, which say what is kept."""
+@pytest.mark.parametrize(
+    ("number", "to_all", "status"),
+    [
+        (signal.SIGTERM, False, 143),
+        (signal.SIGHUP, False, 129),
+        (signal.SIGINT, True, 130),  # a terminal's control-C
+        (signal.SIGINT, False, 130),  # an editor's stop button: passed on
+    ],
+)
+def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals, to_all: bool, status: int) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\nfrom pathlib import Path\nfolder = Path(sys.argv[1])\n"
-        "(folder / os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "try:\n    time.sleep(100)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n",
+        "try:\n    (folder / os.environ['RANK']).write_text(str(os.getpid()))\n    time.sleep(100)\n"
+        "except KeyboardInterrupt:\n    (folder / f'interrupted-{os.environ[\"RANK\"]}').touch()\n    sys.exit(130)\n",
         "utf-8",
     )
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(script), str(tmp_path)], start_new_session=True)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    launch = [sys.executable, "-c", LAUNCHER, str(script), str(tmp_path)]
+    launcher = subprocess.Popen(launch, start_new_session=True, env=environment)
     try:
         started = [tmp_path / "0", tmp_path / "1"]
         until = time.monotonic() + 60
         while not all(path.exists() and path.read_text() for path in started) and time.monotonic() < until:
             time.sleep(0.05)
         numbers = [int(path.read_text()) for path in started]
-        if number == signal.SIGINT:
+        if to_all:
             os.killpg(launcher.pid, number)
         else:
             launcher.send_signal(number)
-        assert launcher.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert launcher.wait(60) == status
         for one in numbers:
             with pytest.raises(ProcessLookupError):
                 os.kill(one, 0)
+        assert len(list(tmp_path.glob("interrupted-*"))) == (2 if number == signal.SIGINT else 0)
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
+
+
+def test_an_interrupt_that_none_listens_to_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are ended, and the caller says what is kept."""
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    last = "if rank:\n    os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(100)\n"
+    starts(monkeypatch, tmp_path, deaf + last, grace_s=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        run_processes(2, [])
 
 
 @pytest.mark.parametrize(
@@ -152,6 +214,7 @@ def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals) -> None:
         (None, 2, "cpu", True),
         ("2", 2, "cuda", False),  # this is one of the two
         ("2", 1, "cuda", False),  # started by accelerate
+        ("1", 2, "cuda", True),  # by torchrun, as one
     ],
 )
 def test_when_they_are_started(
@@ -160,11 +223,28 @@ def test_when_they_are_started(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if launched is not None:
         monkeypatch.setenv("WORLD_SIZE", launched)
+        monkeypatch.setenv("RANK", "0")
     assert are_wanted(argparse.Namespace(processes=count, device=device)) is expected
 
 
-def test_other_commands_have_one_process() -> None:
+def test_what_has_nothing_to_share_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     assert not are_wanted(argparse.Namespace())
+    assert not are_wanted(argparse.Namespace(processes=2, device="cpu", plan=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left over: no launcher leaves out RANK
+    assert are_wanted(argparse.Namespace(processes=2, device="cpu"))
+
+
+def test_the_folder_one_is_in_is_not_searched_for_modules(tmp_path: Path) -> None:
+    """As where one process is started by the command `s2quant`."""
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('not that one')\n")
+    (tmp_path / "s2quant").mkdir()
+    (tmp_path / "s2quant" / "__init__.py").write_text("raise RuntimeError('not that one')\n")
+    done = subprocess.run(
+        [*processes.command(), "quantize", "none.yaml", "--model", "none", "--plan"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "none.yaml" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,6 +261,7 @@ def test_what_cannot_be_is_refused(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if launched is not None:
         monkeypatch.setenv("WORLD_SIZE", launched)
+        monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=said):
         are_wanted(argparse.Namespace(processes=count, device=device))
 

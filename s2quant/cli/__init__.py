@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print. The only package that prints.
 
 Exit status: 0 done; 1 a verification found a fault, a gate broke, or a text was not spoken whole; 2 wrong input;
-130 interrupted.
+130 interrupted; 128 and more: a process of --processes was ended by that signal less 128.
 Heavy imports happen inside the commands, so that `--help` answers at once.
 Each command is a file here with `add`, which says its words, and a function that carries it out.
 """

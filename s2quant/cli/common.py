@@ -77,7 +77,7 @@ def add_slots(command: argparse.ArgumentParser) -> None:
     """
     command.add_argument(
         "--slots", type=int, metavar="N",
-        help="calibration lines spoken at a time (as many as the GPU has memory for, at most 64; on a CPU 8)",
+        help="calibration lines spoken at a time (up to 64, as the GPU has memory and the run lines for; on a CPU 8)",
     )  # fmt: skip
 
 

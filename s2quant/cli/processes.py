@@ -17,16 +17,20 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from s2quant.errors import UserError
 
-COMMAND = (sys.executable, "-m", "s2quant.cli")
+# A module of this process's own paths: `python -m` would put the current folder before them.
+PROGRAM = "import sys; sys.path[:] = {paths!r}; from s2quant.cli import main; sys.exit(main())"
 GRACE_S = 20.0  # for the other processes to end by themselves, when one has failed or the user has interrupted
+FORWARD_S = 2.0  # after an interrupt, until those are told that still run: a terminal tells all of them itself
 KILL_S = 10.0  # for those that are told to end
 POLL_S = 0.05
 LAST_BYTES = 20_000  # of what a process wrote
+SHOW_CURSOR = "\x1b[?25h"
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:
@@ -37,7 +41,8 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     """
     command.add_argument(
         "--processes", type=int, default=1, metavar="N",
-        help="share the work among N processes, with the same results; on GPUs each has one of its own (1)",
+        help="share the work among N processes; on GPUs each has one of its own, and results are those of one process, "
+        "as they are on a CPU with as many threads a process (OMP_NUM_THREADS)",
     )  # fmt: skip
 
 
@@ -48,7 +53,7 @@ def are_wanted(options: argparse.Namespace) -> bool:
         options: The command's; --processes is only known to some.
 
     Returns:
-        False where a launcher has started as many already.
+        False where a launcher has started as many already, and where there is no work to share.
 
     Raises:
         UserError: The number is none, differs from a launcher's, or the processes would have one GPU.
@@ -56,112 +61,173 @@ def are_wanted(options: argparse.Namespace) -> bool:
     count, device = getattr(options, "processes", 1), getattr(options, "device", "cpu")
     if count < 1:
         raise UserError(f"--processes {count}", "a positive number", "correct it")
-    launched = os.environ.get("WORLD_SIZE")
-    if count > 1 and launched is not None and launched != str(count):
+    if count == 1 or getattr(options, "plan", False):
+        return False
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched not in (1, count):
         raise UserError(
             f"--processes {count} in one of {launched} processes of a launcher",
             "one of the two",
             "leave --processes out, or start s2quant without the launcher",
         )
-    if count > 1 and device.startswith("cuda:"):
+    if device.startswith("cuda:"):
         raise UserError(
             f"--processes {count} on {device}",
             "a GPU for each process",
             "say --device cuda: each process takes the next one (CUDA_VISIBLE_DEVICES chooses which there are)",
         )
-    return count > 1 and launched is None
+    return launched == 1
 
 
 def run_processes(count: int, words: Sequence[str]) -> int:
     """Run a command in several processes and wait for all.
 
-    Only the first has this process's input. What the others write to stderr is shown when they failed and the first
-    did not fail in the same way; an error that all have is shown once.
+    Only the first has this process's input and writes to its stderr. What another one wrote is shown when it failed
+    in another way than the first, or by what is no message of ours.
 
     Args:
         count: Their number.
         words: The words after `s2quant`.
 
     Returns:
-        The exit status of the one that failed first; 0: none did.
+        The exit status of the one that was first seen to have failed, 128 and more for a signal; 0: none did.
+
+    Raises:
+        KeyboardInterrupt: The user interrupted, and none of them has said so.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="s2quant-")))
-        group: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end, group)
-        before = signal.signal(signal.SIGTERM, _stop)
-        stack.callback(signal.signal, signal.SIGTERM, before)
-        port = _free_port()
-        logs = [None, *(folder / f"{rank}.txt" for rank in range(1, count))]
-        for rank, log in enumerate(logs):
-            stderr = None if log is None else stack.enter_context(log.open("wb"))
-            group.append(
-                subprocess.Popen(
-                    [*COMMAND, *words],
-                    env=os.environ | _told(rank, count, port),
-                    stdin=None if log is None else subprocess.DEVNULL,
-                    stderr=stderr,
-                )
-            )
-        failed = _wait(group)
-        ended = [process.poll() for process in group]
-        _end(group)
-        if failed is None:
-            return 0
-        log, status = logs[failed], ended[failed]
+        group = _Group()
+        told = _Told()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, told.take))
+        stack.callback(group.end)
+        environment = os.environ | _shared_environment(count)
+        for rank in range(count):
+            log = folder / f"{rank}.txt"
+            group.start(words, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log if rank else None)
+        failed = _wait(group.processes, told)
+        statuses = [process.poll() for process in group.processes]  # of those that ended by themselves
+        group.end()
+        for sentence in _news(statuses, folder):
+            print(sentence, file=sys.stderr)
+        if statuses[0] is None and sys.stderr.isatty():
+            print(SHOW_CURSOR, end="", file=sys.stderr)  # which a bar had hidden
+    if told.end is not None:
+        return 128 + told.end
+    if failed is not None:
+        status = statuses[failed]
         assert status is not None
-        if log is not None and ended[0] != status:
-            said = log.read_bytes()[-LAST_BYTES:].decode("utf-8", errors="replace")
-            print(f"process {failed} of {count} (exit status {status}):\n{said}", file=sys.stderr)
         return status if status > 0 else 128 - status
+    if None in statuses:
+        raise KeyboardInterrupt
+    return 0
 
 
-def _told(rank: int, count: int, port: int) -> Mapping[str, str]:
-    """Compose what a process is told in its environment."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+@dataclass(kw_only=True)
+class _Told:
+    """Signals that this process got: noted, so that none comes between a process's start and its being known."""
+
+    end: int | None = None
+    interrupts: list[float] = field(default_factory=list)
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Note one."""
+        if number == signal.SIGINT:
+            self.interrupts.append(time.monotonic())
+        else:
+            self.end = number
+
+
+class _Group:
+    """The processes."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str], log: Path | None) -> None:
+        """Start one; its stderr goes to the log, if there is one, and then it has no input either."""
+        stdin, stderr = None, None
+        if log is not None:
+            stdin, stderr = subprocess.DEVNULL, log.open("wb")
+        try:
+            process = subprocess.Popen([*command(), *words], env=environment, stdin=stdin, stderr=stderr)
+        finally:
+            if stderr is not None:
+                stderr.close()  # the process has its own
+        self.processes.append(process)
+
+    def end(self) -> None:
+        """End those that still run."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + KILL_S
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def command() -> list[str]:
+    """Compose what starts s2quant as this process was, but for its words."""
+    return [sys.executable, "-P", "-c", PROGRAM.format(paths=sys.path)]
+
+
+def _shared_environment(count: int) -> Mapping[str, str]:
+    """Compose what all processes are told alike."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": threads,
-        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count)),
     }
 
 
-def _wait(group: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], told: _Told) -> int | None:
     """Wait for all, or GRACE_S longer than for the first that fails; give the number of that one."""
     failed: int | None = None
-    until = float("inf")
-    while time.monotonic() < until and any(process.poll() is None for process in group):
-        try:
-            time.sleep(POLL_S)
-        except KeyboardInterrupt:  # the terminal has told all
-            until = min(until, time.monotonic() + GRACE_S)
+    until, forwarded = float("inf"), False
+    while told.end is None and time.monotonic() < until and any(process.poll() is None for process in processes):
+        time.sleep(POLL_S)
+        now = time.monotonic()
         if failed is None:
-            failed = next((rank for rank, process in enumerate(group) if process.poll()), None)
-            if failed is not None:
-                until = min(until, time.monotonic() + GRACE_S)
-    if failed is None:  # the last one, or one that an interrupt did not reach
-        failed = next((rank for rank, process in enumerate(group) if process.poll() != 0), None)
+            failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
+            until = until if failed is None else min(until, now + GRACE_S)
+        if told.interrupts:
+            until = min(until, told.interrupts[0] + GRACE_S)
+            if not forwarded and now > told.interrupts[0] + FORWARD_S:
+                forwarded = True
+                for process in processes:
+                    if process.poll() is None:
+                        process.send_signal(signal.SIGINT)
+        if len(told.interrupts) > 1:  # the user is in a hurry
+            break
+    if failed is None:  # the last one
+        failed = next((rank for rank, process in enumerate(processes) if process.poll()), None)
     return failed
 
 
-def _end(group: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End those that still run."""
-    for process in group:
-        if process.poll() is None:
-            process.terminate()
-    until = time.monotonic() + KILL_S
-    for process in group:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Let a signal that would end this process at once end it in order, so that it ends the others."""
-    sys.exit(128 + number)
+def _news(statuses: Sequence[int | None], folder: Path) -> list[str]:
+    """Say what the first process has not said, about processes that failed by themselves."""
+    found: list[str] = []
+    for rank, status in enumerate(statuses):
+        who = f"process {rank} of {len(statuses)}"
+        if status is None or status == 0:
+            continue
+        if status < 0:
+            found.append(f"{who} was ended by {signal.Signals(-status).name}")
+        if rank == 0:
+            continue
+        said = (folder / f"{rank}.txt").read_bytes()[-LAST_BYTES:].decode("utf-8", errors="replace").strip()
+        is_known = status == statuses[0] and "Traceback" not in said
+        if said and not is_known and not any(said in other for other in found):
+            found.append(f"{who} (exit status {status}):\n{said}")
+    return found
 
 
 def _free_port() -> int:

@@ -21,63 +21,75 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from s2quant.calibrate.lines import CalibrationLine
 from s2quant.calibrate.sequences import LEAST_GROUPS
 from s2quant.checkpoint.reader import Checkpoint
+from s2quant.prompt import split_text
 from s2quant.recipe import Calibration
 from s2quant.runtime.fast import context_bucket
 from s2quant.runtime.memory import limit_memory, release_memory
+from s2quant.runtime.speech import Request
 
 LOW_MEMORY_BYTES = 12_000_000_000
 LOW_MEMORY_SLOTS = 2
 USUAL_SLOTS = 8
 MANY_SLOTS = (64, 32, 16)  # a GPU speaks with twice as many in much less than twice the time
-SPEECH_SHARE = 0.75  # of a GPU's memory, for weights and caches; the rest: logits, noise, captured launches, libraries
+SPEECH_SHARE = 0.85  # of a GPU's memory, for weights and caches; the rest: logits, noise, captured launches, libraries
+GROWTH = 1.25  # a cache that doubles holds its keys, or its values, twice for a moment
+TEXT_POSITIONS, VOICE_POSITIONS = 256, 512  # of a prompt: text and what surrounds it, a voice's recording
 
 
 def calibration_slots(
     wanted: int | None,
-    low_memory: bool,
     checkpoint: Checkpoint,
     settings: Calibration,
-    num_lines: int,
+    lines: Sequence[CalibrationLine],
     device: torch.device,
+    num_groups: int = LEAST_GROUPS,
 ) -> int:
     """Choose how many utterances are in progress at a time while calibration lines are spoken.
 
     Args:
-        wanted: What the user asked for; None: see `slots_that_fit`.
-        low_memory: Whether at most LOW_MEMORY_SLOTS are.
+        wanted: What the user asked for; None: as many as there is room and work for.
         checkpoint: The model.
-        settings: Say how long sequences and utterances become.
-        num_lines: Lines that are spoken.
-        device: Where they are spoken.
+        settings: The recipe's calibration block.
+        lines: Lines that are spoken.
+        device: Where they are spoken. The size of its memory counts, not what is free, so that the same device always
+            speaks the same way.
+        num_groups: Groups of lines that there shall be, for several processes to share; one alone speaks them as well,
+            so as to end with the same bytes.
 
     Returns:
         Their number: on a CPU USUAL_SLOTS unless another is wanted.
     """
-    number = wanted
-    if number is None:
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        number = slots_that_fit(total, checkpoint, settings, num_lines)
-    return min(number, LOW_MEMORY_SLOTS) if low_memory else number
+    if wanted is not None:
+        return wanted
+    if device.type != "cuda":
+        return USUAL_SLOTS
+    total = torch.cuda.get_device_properties(device).total_memory
+    return slots_that_fit(total, checkpoint, settings, lines, num_groups)
 
 
-def slots_that_fit(total_bytes: int, checkpoint: Checkpoint, settings: Calibration, num_lines: int) -> int:
+def slots_that_fit(
+    total_bytes: int,
+    checkpoint: Checkpoint,
+    settings: Calibration,
+    lines: Sequence[CalibrationLine],
+    num_groups: int = LEAST_GROUPS,
+) -> int:
     """Tell how many utterances a GPU has room for, beside the model and its codec, and lines for.
-
-    The size of its memory counts, not what is free, so that the same device always speaks the same way; and there are
-    groups of lines for several processes to share, so that one alone speaks them that way, too.
 
     Args:
         total_bytes: Its memory.
         checkpoint: The model, which speaks in the type it is stored in.
-        settings: Say how long sequences and utterances become.
-        num_lines: Lines that are spoken.
+        settings: As `calibration_slots`.
+        lines: As `calibration_slots`.
+        num_groups: As `calibration_slots`.
 
     Returns:
         One of MANY_SLOTS, or USUAL_SLOTS if none of them fits: whether those do is seen when they are tried.
@@ -85,11 +97,24 @@ def slots_that_fit(total_bytes: int, checkpoint: Checkpoint, settings: Calibrati
     slow, codec = checkpoint.config.slow, checkpoint.folder / "codec.pth"
     weights = sum(entry.num_bytes for entry in checkpoint.entries.values())
     weights += codec.stat().st_size if codec.exists() else 0
-    positions = context_bucket(max(settings.max_positions, settings.max_frames), slow.max_seq_len)
+    positions = context_bucket(_most_positions(settings, lines), slow.max_seq_len)
     each = 2 * slow.n_layer * slow.n_local_heads * slow.head_dim * torch.bfloat16.itemsize * positions
     room = SPEECH_SHARE * total_bytes - weights
-    most = num_lines // LEAST_GROUPS
-    return next((number for number in MANY_SLOTS if number <= most and number * each <= room), USUAL_SLOTS)
+    most = len(lines) // num_groups
+    return next((number for number in MANY_SLOTS if number <= most and GROWTH * number * each <= room), USUAL_SLOTS)
+
+
+def _most_positions(settings: Calibration, lines: Sequence[CalibrationLine]) -> int:
+    """Bound the positions of a line, of which all slots get as many: those before its last batch stay in its prompt."""
+    if not settings.require_end:
+        return settings.max_positions
+    most = 0
+    for line in lines:
+        request = Request(text=line.text)
+        batches = split_text(request.text, request.chunk_bytes, split_sentences=request.split_sentences)
+        prompt = TEXT_POSITIONS + (VOICE_POSITIONS if line.voice is not None else 0)
+        most = max(most, prompt + len(batches) * settings.max_frames)
+    return most
 
 
 @contextmanager

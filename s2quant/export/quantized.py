@@ -35,7 +35,7 @@ from s2quant.export.calibration import (
 from s2quant.export.card import licence_of, model_card
 from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.following import Follower
-from s2quant.export.memory import calibration_slots, device_cap, host_peak_bytes, take_peak_bytes
+from s2quant.export.memory import LOW_MEMORY_SLOTS, calibration_slots, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, sha256_file, write_json
 from s2quant.prompt import Tokenizer
@@ -120,8 +120,7 @@ def quantize_checkpoint(
     if not plan.quantized:
         raise UserError(f"recipe {recipe.name} quantizes nothing", "at least one rule that quantizes", "add one")
     lines = calibration_lines(recipe, options.eval_folder, options.num_sequences)
-    asked = (options.num_slots, options.low_memory)
-    num_slots = calibration_slots(*asked, checkpoint, recipe.calibration, len(lines), device)
+    num_slots = _num_slots(options, checkpoint, recipe, lines, device)
     check_carried(options.model)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
@@ -144,7 +143,7 @@ def quantize_checkpoint(
             spoken = spoken_set(recipe, checkpoint, lines, *where, wait)
         wait()
         model_sha256 = exchange.agree({} if hashes is None else hashes.result())
-        identity = _identity(recipe, model_sha256, lines, device, num_slots)
+        identity = _identity(recipe, model_sha256, lines, device, num_slots, options.low_memory)
         if finished:
             return _finished_records(options.out, identity, exchange)
         store, calibration = _start(options, recipe, checkpoint, lines, identity, device, report, spoken)
@@ -191,6 +190,20 @@ def quantize_checkpoint(
             exchange.once(lambda: _write(options, checkpoint, plan, store, records, calibration, record, files))
     report("done", 1, 1)
     return records
+
+
+def _num_slots(
+    options: QuantizeOptions,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    lines: Sequence[CalibrationLine],
+    device: torch.device,
+) -> int:
+    """Say how many lines are spoken at a time: the same in all processes, whatever their GPUs."""
+    exchange = options.exchange
+    own = calibration_slots(options.num_slots, checkpoint, recipe.calibration, lines, device)
+    least = min(exchange.merge({exchange.rank: own}).values())
+    return min(least, LOW_MEMORY_SLOTS) if options.low_memory else least
 
 
 def _finished_records(out: Path, identity: Mapping[str, Any], exchange: Exchange) -> Sequence[Mapping[str, Any]]:
@@ -277,6 +290,7 @@ def _identity(
     lines: Sequence[CalibrationLine],
     device: torch.device,
     num_slots: int,
+    low_memory: bool,
 ) -> dict[str, Any]:
     """Name all that the bytes of the result depend on."""
     return {
@@ -286,7 +300,8 @@ def _identity(
         "calibration_key": calibration_key(lines, recipe.calibration, model_sha256),
         "num_slots": num_slots,
         "device": device_name(device),
-        "num_threads": torch.get_num_threads(),
+        # a GPU leaves the host only the codec of --low-memory
+        "num_threads": torch.get_num_threads() if device.type == "cpu" or low_memory else None,
         "versions": versions(),
     }
 

@@ -67,7 +67,7 @@ class StageStore:
             if changed:
                 raise UserError(
                     f"{folder} holds a different run:\n{shorten_list(changed)}",
-                    "the same model, recipe, calibration, device and threads",
+                    "the same model, recipe, calibration, device, --slots and threads (OMP_NUM_THREADS)",
                     "restore them, or remove the folder and start again",
                 )
         with disk_errors(folder):

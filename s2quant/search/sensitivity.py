@@ -118,7 +118,7 @@ def measure_sensitivity(
     plan = make_plan(recipe, checkpoint.config)
     units, left_out = find_units(plan, options.bits)
     lines = calibration_lines(recipe, options.eval_folder, options.num_sequences)
-    num_slots = calibration_slots(options.num_slots, False, checkpoint, recipe.calibration, len(lines), device)
+    num_slots = calibration_slots(options.num_slots, checkpoint, recipe.calibration, lines, device, num_groups=1)
     options = replace(options, num_slots=num_slots)
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
