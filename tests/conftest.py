@@ -21,6 +21,8 @@ import torch
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_cases  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,6 @@
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,20 @@ def fed_draws(monkeypatch):
             row.copy_(cases.draws(noise.generator.initial_seed(), frame, len(row)))
 
     monkeypatch.setattr(Noise, "fill", fill)
+
+
+@pytest.fixture
+def wide_programs(monkeypatch):
+    """In the interpreter, whose time is by operations, let four warps hold a program's outputs, not one in turns.
+
+    The rule gives so small linears one; `test_runtime_kernels.py` has programs of one, two and four.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from s2quant.runtime.kernels import shapes
+
+    rule = shapes.rule
+    monkeypatch.setattr(shapes, "rule", lambda *given: replace(rule(*given), warps=4))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9
 DEVICE = "cpu" if INSIDE else "cuda"
 NEEDED = pytest.mark.gpu(pytest.mark.skipif(not HAS_GPU, reason="needs a Hopper GPU, or the interpreter"))
 RESIDUAL = 64
+pytestmark = pytest.mark.usefixtures("wide_programs")
 
 
 @pytest.mark.skipif(INSIDE, reason="this is the process")
@@ -80,7 +81,7 @@ FRAMES = [
 @pytest.mark.parametrize(("checkpoint", "slots", "off"), FRAMES, ids=str)
 def test_frames_are_the_plain_decoder_s(checkpoint, slots, off, monkeypatch):
     if INSIDE and "many_rows" in off and checkpoint != "bf16":
-        pytest.skip("a minute in the interpreter; packed products of 17 rows: test_runtime_kernels.py")
+        pytest.skip("ten seconds in the interpreter; packed products of 17 rows: test_runtime_kernels.py")
     from s2quant.runtime.kernels import shapes
     from s2quant.runtime.kernels.launch import MEASURED
     from tools.speed import frames

@@ -14,6 +14,7 @@ MOST = 256 if not INSIDE else 128
 FEW = [(9, 0), (10, 30)]  # positions that are read, positions that are there before; by the kernels of few rows
 MANY = [(70, 75), (31, 40)]  # the first across position 128, where a stretch of 64 rows of two heads ends
 MORE = [(17, 3), (64, 0), (200, 60), (300, 0), (18, 490), (257, 7)]
+pytestmark = pytest.mark.usefixtures("wide_programs")
 
 
 @pytest.mark.skipif(INSIDE, reason="this is the process")

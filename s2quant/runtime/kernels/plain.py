@@ -56,8 +56,9 @@ def plain_tile(
 ):
     """Multiply a tile with 8 rows of x, float32 [16, 8], with nothing but Triton's own operations."""
     total = tl.zeros((16, 8), tl.float32)
-    for start in range(0, K, 64):
-        inputs = start + tl.arange(0, 64)
+    S: tl.constexpr = 128 if K % 128 == 0 else 64
+    for start in range(0, K, S):
+        inputs = start + tl.arange(0, S)
         if KIND == "bf16":
             values = rows_of_bf16(weight, second, row, inputs, K, GATED)
         else:
@@ -73,8 +74,9 @@ def plain_flat(
 ):
     """Multiply rows of the weight with as many rows of x, one with one, float32 [T]."""
     total = tl.zeros(row.shape, tl.float32)
-    for start in range(0, K, 64):
-        inputs = start + tl.arange(0, 64)
+    S: tl.constexpr = 128 if K % 128 == 0 else 64
+    for start in range(0, K, S):
+        inputs = start + tl.arange(0, S)
         if KIND == "bf16":
             values = rows_of_bf16(weight, second, row, inputs, K, GATED)
         else:
