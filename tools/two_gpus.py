@@ -41,8 +41,12 @@ from launched import LAUNCHERS, Launcher  # noqa: E402
 from same_output import compare_quantized, compare_runs  # noqa: E402
 
 from s2quant.calibrate.sequences import LEAST_GROUPS, line_groups  # noqa: E402
+from s2quant.checkpoint.reader import open_checkpoint  # noqa: E402
 from s2quant.cli.common import numbers  # noqa: E402
+from s2quant.export.calibration import calibration_lines  # noqa: E402
+from s2quant.export.memory import calibration_slots  # noqa: E402
 from s2quant.export.random import CONFIGS, write_random  # noqa: E402
+from s2quant.recipe import load_recipe  # noqa: E402
 from s2quant.records import git_commit, versions  # noqa: E402
 from s2quant.runtime.load import device_name, parse_device  # noqa: E402
 
@@ -189,7 +193,7 @@ def quantize_part(check: Check, part: dict[str, Any]) -> None:
         recipe = full_length_recipe(original, options.work)
     else:
         recipe = shorter_recipe(original, options.work, options.max_frames)
-    slots = options.calibration_slots or max(1, options.sequences // LEAST_GROUPS)
+    slots = options.calibration_slots or usual_slots(options, recipe, model)
     part |= {"sequences": options.sequences, "full_length": options.full_length, "slots": slots}
     part["calibration_groups"] = len(line_groups(["" for _ in range(options.sequences)], slots))  # that are shared
 
@@ -217,6 +221,15 @@ def quantize_part(check: Check, part: dict[str, Any]) -> None:
     part["calibration"] = manifests[0]["inputs"]["calibration"]
     for what, manifest in zip(("one", "several"), manifests, strict=True):
         part[what]["memory"] = manifest["processes"]
+
+
+def usual_slots(options: argparse.Namespace, recipe: Path, model: Path) -> int:
+    """Say how many texts `quantize` speaks at a time by itself; on a CPU as many as leave every process work."""
+    if options.device == "cpu":
+        return max(1, options.sequences // LEAST_GROUPS)
+    loaded = load_recipe(recipe)
+    lines = calibration_lines(loaded, None, options.sequences)
+    return calibration_slots(None, open_checkpoint(model), loaded.calibration, lines, parse_device(options.device))
 
 
 def shorter_recipe(recipe: Path, work: Path, max_frames: int) -> Path:
@@ -318,7 +331,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     pro.add_argument("--sequences", type=int, default=32)
     pro.add_argument("--full-length", action="store_true", help="random weights whose speech does not end")
     pro.add_argument("--max-frames", type=int, default=192, help="of a calibration line, instead of the recipe's")
-    pro.add_argument("--calibration-slots", type=int, help="instead of as many as leave no process without a group")
+    pro.add_argument("--calibration-slots", type=int, help="instead of as many as `quantize` takes by itself")
     options = parser.parse_args(words)
     for name in options.only.split(","):
         if name not in PARTS:
