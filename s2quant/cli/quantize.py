@@ -47,7 +47,7 @@ def _quantize(options: argparse.Namespace) -> int:
     from s2quant.quantize.exchange import join_exchange
     from s2quant.runtime.load import parse_device
 
-    ranks = find_ranks()  # several by --processes or `accelerate launch`: they share the work
+    ranks = find_ranks(options.device)  # several by --processes or `accelerate launch`: they share the work
     device = ranks.device(options.device)
     exchange = join_exchange(ranks.rank, ranks.world, parse_device(device))
     try:

@@ -77,17 +77,22 @@ class Ranks:
         return f"cuda:{self.local_rank}"
 
 
-def find_ranks() -> Ranks:
+def find_ranks(device: str = "cpu") -> Ranks:
     """Join the other processes, if a launcher started several.
+
+    Args:
+        device: What the user asked for.
 
     Returns:
         This process among all.
 
     Raises:
-        UserError: There are several, and accelerate is not installed.
+        UserError: There are several, and accelerate is not installed, or there is no GPU for each of this host's.
+            Raised before they join, in all alike: none waits for one that is gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:  # what `accelerate launch` and torchrun tell every process
         return Ranks()
+    _check_gpus(device)
     try:
         from accelerate import PartialState
     except ImportError as error:
@@ -107,6 +112,21 @@ def find_ranks() -> Ranks:
         wait=state.wait_for_everyone,
         close=state.destroy_process_group,
     )
+
+
+def _check_gpus(device: str) -> None:
+    """Refuse more processes on this host than it has GPUs."""
+    if device != "cuda":
+        return
+    import torch
+
+    wanted, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if wanted > found:
+        raise UserError(
+            f"{wanted} processes on --device cuda, but torch sees {found} CUDA devices",
+            "a GPU for each process",
+            "start as many as there are, or say --device cpu",
+        )
 
 
 def _import_before_joining() -> None:

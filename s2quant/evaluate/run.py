@@ -66,7 +66,7 @@ def run_eval(options: EvalOptions, progress: Progress = lambda phase, done, tota
     Raises:
         UserError: Something in the input cannot be used; no folder is left then.
     """
-    ranks = find_ranks()
+    ranks = find_ranks(options.device)
     try:
         return _run(options, ranks, progress if ranks.is_first else lambda phase, done, total: None)
     finally:

@@ -79,3 +79,15 @@ def test_several_processes_without_accelerate_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(UserError, match=r"accelerate is not installed(.|\n)*run one process"):
         find_ranks()
+
+
+@pytest.mark.parametrize(("found", "device", "is_refused"), [(1, "cuda", True), (0, "cuda", True), (1, "cpu", False)])
+def test_processes_without_a_gpu_each_are_refused_before_they_join(monkeypatch, found, device, is_refused):
+    """In all alike, so that none waits for one that is gone, and the launcher says it once."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # what comes next is refused for another reason
+    said = "2 processes on --device cuda" if is_refused else "accelerate is not installed"
+    with pytest.raises(UserError, match=said):
+        find_ranks(device)
