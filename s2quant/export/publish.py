@@ -1,7 +1,8 @@
 """Prepare a checkpoint folder for a model hub: a card with measured figures, everything else as it is, and upload it.
 
 Figures come from an evaluation's results.json; a figure that was not measured is not written. Without figures the
-card says so. Nothing is uploaded unless asked for.
+card says so. Nothing is uploaded unless asked for. A folder that was prepared says so in its manifest.json and is
+uploaded as it stands, so that its card can be edited first.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError
 from s2quant.export.card import FISH, Licence, licence_of
-from s2quant.files import atomic_folder, check_new, read_json, read_text
+from s2quant.export.measured import eval_results, measured_table
+from s2quant.export.publish_checks import CARDS, checked_hashes, other_files, read_manifest, read_results
+from s2quant.files import atomic_folder, check_new, read_text, sha256_file, write_json
+from s2quant.records import manifest
 
-RESULTS_VERSION = 1
+MARK = "hub"  # key of a prepared folder's manifest.json
+LARGE = (".safetensors", ".pth")  # weights and codec
 _HTTP_ERRORS = HfHubHTTPError.__mro__[:2]  # its base is the HTTP library's own, which huggingface_hub has changed
 START, END = "<!-- s2quant: measured -->", "<!-- s2quant: end of measured -->"
 
@@ -43,7 +47,9 @@ class Upload:
 
 
 def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -> Upload:
-    """Make a hub folder of a checkpoint: its files, linked where that can be, and a card with the measured table.
+    """Make a hub folder of a checkpoint: its files, and a card with the measured table.
+
+    Weights and codec are linked where that can be; everything else is copied, so that it can be edited.
 
     Args:
         model: A sound checkpoint folder.
@@ -57,30 +63,94 @@ def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -
     Raises:
         UserError: The checkpoint, the evaluation or the name cannot be used.
     """
-    if repo is not None:
-        _check_repo(repo)
+    check_repo(repo)
     check_new(out)
-    checkpoint = open_checkpoint(model)
-    results = None if evaluation is None else _results(evaluation, checkpoint.folder)
+    if model.resolve() in out.resolve().parents:
+        raise UserError(f"{out} lies in {model}", "a folder outside the one that is published", "name another --out")
+    hashes = checked_hashes(model)
+    results = None if evaluation is None else read_results(evaluation, model, hashes)
     readme = model / "README.md"
     terms = licence_of(model)
     card = hub_card(read_text(readme) if readme.is_file() else "", model.absolute().name, results, terms)
+    said = "".join(f"{name}: {value}\n" for name, value in terms.fields.items())
+    record = read_manifest(model) or manifest("publish", {"model": hashes}, "cpu", None)
+    record["files_sha256"] = {name: value for name, value in hashes.items() if name not in CARDS}
+    record[MARK] = {"results_sha256": _results_sha256(evaluation)}
+
+    def take(source: str, target: str) -> str:
+        is_large = Path(source).parent == model and source.endswith(LARGE)
+        return _link(source, target) if is_large else str(shutil.copyfile(source, target))
+
     with atomic_folder(out) as folder:
-        shutil.copytree(model, folder, dirs_exist_ok=True, copy_function=_link)
-        (folder / "README.md").unlink(missing_ok=True)  # a link: writing through it would change the source
+        shutil.copytree(model, folder, dirs_exist_ok=True, copy_function=take)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        said = "".join(f"{name}: {value}\n" for name, value in terms.fields.items())
-        (folder / "NOTICE").unlink(missing_ok=True)
         (folder / "NOTICE").write_text(f"{terms.notice}\n\n{said}", encoding="utf-8")
-    files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    return Upload(folder=out, files=files, repo=repo)
+        write_json(folder / "manifest.json", record)
+    return _upload(out, repo)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Tell whether a folder was made by `prepare`, which its manifest.json says.
+
+    Args:
+        folder: Any path.
+
+    Returns:
+        Whether it was.
+
+    Raises:
+        UserError: Its manifest.json is no JSON object.
+    """
+    return os.path.isdir(folder) and isinstance(read_manifest(folder).get(MARK), dict)
+
+
+def take_up(model: Path, out: Path, evaluation: Path | None, repo: str | None) -> Upload:
+    """Go on with a folder that was prepared before, as it stands: its card may have been edited.
+
+    Args:
+        model: The checkpoint folder that it was prepared from, or the prepared folder itself.
+        out: The prepared folder.
+        evaluation: Folder of the evaluation it was prepared with; None means whichever it was.
+        repo: Where it shall go, "owner/name", or None.
+
+    Returns:
+        What would be uploaded.
+
+    Raises:
+        UserError: The folder was not prepared, not from this checkpoint or not with this evaluation, or is broken.
+    """
+    check_repo(repo)
+    todo = "remove it or name another --out"
+    if not is_prepared(out):
+        raise UserError(
+            f"{out} exists already, and nothing in it says that `s2quant publish` prepared it",
+            "a path that is free, or a folder prepared from this checkpoint",
+            todo,
+        )
+    hashes = checked_hashes(out)
+    other = [] if model == out else other_files(model, out, hashes)
+    if other:
+        raise UserError(
+            f"{out} exists already, and was not prepared from {model}: {', '.join(other)}",
+            "a path that is free, or a folder prepared from this checkpoint",
+            todo,
+        )
+    if evaluation is not None and read_manifest(out)[MARK].get("results_sha256") != _results_sha256(evaluation):
+        raise UserError(
+            f"{out} exists already, and was not prepared with the figures of {evaluation}",
+            "the evaluation it was prepared with, or none named",
+            f"leave --eval out to upload it as it is, or prepare it again: {todo}",
+        )
+    if not (out / "README.md").is_file():
+        raise UserError(f"{out} has no README.md any more", "the card of the model", f"prepare it again: {todo}")
+    return _upload(out, repo)
 
 
 def push(upload: Upload, api: HfApi | None = None) -> str:
     """Upload a prepared folder with the user's own login.
 
     Args:
-        upload: What `prepare` made.
+        upload: What `prepare` or `take_up` gave.
         api: The hub's client.
 
     Returns:
@@ -91,6 +161,7 @@ def push(upload: Upload, api: HfApi | None = None) -> str:
     """
     if upload.repo is None:
         raise UserError("--push without --repo", "the repository to upload to", "add --repo OWNER/NAME")
+    check_repo(upload.repo)
     api = api or HfApi()
     try:
         api.create_repo(upload.repo, repo_type="model", exist_ok=True)
@@ -99,7 +170,8 @@ def push(upload: Upload, api: HfApi | None = None) -> str:
         raise UserError(
             f"upload to {upload.repo}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error)}",
             "a hub that can be reached and a login that may write there",
-            f"log in with `hf auth login`, check the network, and try again; the folder {upload.folder} is kept",
+            "log in with `hf auth login`, check the network, and give the same command again; "
+            f"the folder {upload.folder} is kept and will be uploaded as it is",
         ) from error
     return str(commit)
 
@@ -124,93 +196,49 @@ def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: L
     known = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
     known.pop("model-index", None)
     fields = known | dict(licence.fields) | {"pipeline_tag": "text-to-speech"}
-    evaluated = {} if results is None else {"model_name": name, "eval_results": _eval_results(results)}
+    evaluated = {} if results is None else {"model_name": name, "eval_results": eval_results(results)}
     data = ModelCardData(**fields, **evaluated)
     measured = "Speech was not measured." if results is None else measured_table(results)
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{START}\n## Measured\n\n{measured}\n{END}\n"
 
 
-def measured_table(results: Mapping[str, Any]) -> str:
-    """Write the metrics as a table in markdown.
+def check_repo(repo: str | None) -> None:
+    """Refuse a name that is no repository's.
 
     Args:
-        results: The object in results.json.
+        repo: What was given as --repo.
 
-    Returns:
-        Suite, table and verdict.
+    Raises:
+        UserError: It is not "owner/name".
     """
-    suite = results["suite"]
-    lines = [
-        f"Suite {suite['name']} version {suite['version']}, {suite['num_utterances']} utterances, "
-        f"seeds {', '.join(map(str, suite['seeds']))}; the baseline spoke in the same runtime.",
-        "",
-        "| metric | unit | backend | baseline | this model | difference [95 % interval] | noise floor | n |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in results["metrics"]:
-        low_high = "" if row.get("interval") is None else " [{}, {}]".format(*map(_number, row["interval"]))
-        cells = [row["name"], row["unit"], row["backend"] or "", _number(row["baseline"]), _number(row["model"])]
-        cells += [_number(row["delta"]) + low_high, _number(row["floor_delta"]), str(row["n"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    sentence = (results.get("verdict") or {}).get("sentence")
-    return "\n".join(lines + (["", f"Verdict: {sentence}."] if sentence else []))
-
-
-def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    suite = results["suite"]
-    return [
-        EvalResult(
-            task_type="text-to-speech",
-            dataset_type=suite["name"],
-            dataset_name=f"s2quant suite {suite['name']}",
-            dataset_revision=str(suite["sha256"]),
-            metric_type="wer" if row["name"].startswith("WER") else row["name"],
-            metric_name=row["name"],
-            metric_value=row["model"],
-        )
-        for row in results["metrics"]
-        if row["model"] is not None
-    ]
-
-
-def _results(folder: Path, model: Path) -> dict[str, Any]:
-    """Read results.json and refuse one that was measured on another checkpoint."""
-    found = read_json(folder / "results.json")
-    faults = [key for key in ("suite", "metrics") if not found.get(key)]
-    if found.get("results_version") != RESULTS_VERSION or faults:
-        raise UserError(
-            f"{folder / 'results.json'}: version {found.get('results_version')!r}, without {', '.join(faults) or '-'}",
-            f"results of version {RESULTS_VERSION} with suite and metrics",
-            "evaluate again with this s2quant",
-        )
-    measured = ((found.get("provenance") or {}).get("inputs") or {}).get("model") or {}
-    manifest = model / "manifest.json"
-    known = read_json(manifest).get("files_sha256", {}) if manifest.is_file() else {}
-    other = sorted(name for name in measured.keys() & known.keys() if measured[name] != known[name])
-    if other:
-        raise UserError(
-            f"{folder} measured other weights than those in {model}: {', '.join(other)}",
-            "an evaluation of this very checkpoint",
-            "name the right --eval, or evaluate this checkpoint",
-        )
-    return found
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _link(source: str, target: str) -> str:
-    """Link a file where the disk allows it, else copy it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
-
-
-def _check_repo(repo: str) -> None:
+    if repo is None:
+        return
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"--repo {repo}: {error}", "OWNER/NAME", "correct it") from error
+    if "/" not in repo:
+        raise UserError(f"--repo {repo}: no owner", "OWNER/NAME", f"put your name or organisation before it: ME/{repo}")
+
+
+def _upload(out: Path, repo: str | None) -> Upload:
+    files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    return Upload(folder=out, files=files, repo=repo)
+
+
+def _results_sha256(evaluation: Path | None) -> str | None:
+    """Hash an evaluation's results, if there is one."""
+    if evaluation is None:
+        return None
+    path = evaluation / "results.json"
+    read_text(path)  # says what is wrong with it
+    return sha256_file(path)
+
+
+def _link(source: str, target: str) -> str:
+    """Link a file, not a link to it, where the disk allows that, else copy it."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
