@@ -38,9 +38,16 @@ def calibration_lines(recipe: Recipe, eval_folder: Path | None, num_sequences: i
         The lines, in order.
 
     Raises:
-        UserError: The source cannot be read, or shares a text with the evaluation.
+        UserError: The source is not there or cannot be read, or shares a text with the evaluation.
     """
     source = recipe.calibration.source
+    if not (source.startswith("hf:") or Path(source).is_absolute() or recipe.calibration_path.is_file()):
+        raise UserError(
+            f"recipe {recipe.path}: its calibration.source {source}, which is relative to the recipe, is not there",
+            f"{recipe.calibration_path}; a stored set (--calibration) is used only where these lines are its own",
+            "put the source there (a quantized folder keeps the recipe without it), or copy the recipe and give "
+            "calibration.source an absolute path",
+        )
     lines = read_lines(source if source.startswith("hf:") else recipe.calibration_path)
     if eval_folder is not None:
         check_disjoint(lines, eval_folder)

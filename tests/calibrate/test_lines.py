@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from folder_cases import REPOSITORY
 
 from s2quant.calibrate.lines import (
     CalibrationLine,
@@ -15,7 +16,10 @@ from s2quant.calibrate.lines import (
     read_lines,
     select_lines,
 )
+from s2quant.cli import main
 from s2quant.errors import UserError
+from s2quant.export.calibration import calibration_lines
+from s2quant.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +313,26 @@ def test_check_disjoint_does_not_skip_what_it_cannot_read(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(UserError, match=r"bad\.jsonl: line 2: not JSON"):
         check_disjoint([line("one")], tmp_path)
+
+
+def test_a_recipe_that_has_travelled_says_where_its_source_goes(tmp_path, tiny_folder, capsys):
+    """A quantized folder keeps its recipe but not its source: the set beside it cannot be checked without the lines."""
+    recipe = tmp_path / "w4a16" / "s2quant" / "recipe.yaml"
+    recipe.parent.mkdir(parents=True)
+    text = (REPOSITORY / "recipes" / "tiny-w4a16.yaml").read_text("utf-8")
+    recipe.write_text(text, "utf-8")
+    words = ["--model", str(tiny_folder), "--calibration", str(recipe.parent / "calibration.safetensors"), "--quiet"]
+    assert main(["quantize", str(recipe), *words, "--out", str(tmp_path / "again")]) == 2
+    printed = capsys.readouterr().err
+    source = recipe.parent / "calibration" / "tiny-en.jsonl"
+    assert "its calibration.source calibration/tiny-en.jsonl, which is relative to the recipe, is not there" in printed
+    assert f"expected: {source}" in printed
+    assert "give calibration.source an absolute path" in printed
+    assert not (tmp_path / "again").exists()
+    there = REPOSITORY / "recipes" / "calibration" / "tiny-en.jsonl"
+    recipe.write_text(text.replace("calibration/tiny-en.jsonl", str(there)), "utf-8")
+    by_path = calibration_lines(load_recipe(recipe), None, None)
+    recipe.write_text(text, "utf-8")
+    source.parent.mkdir()
+    source.write_bytes(there.read_bytes())
+    assert calibration_lines(load_recipe(recipe), None, None) == by_path
