@@ -71,6 +71,24 @@ class CalibrationSet:
         return sum(int(((s[0] >= begin_id) & (s[0] <= end_id)).sum()) for s in self.sequences)
 
 
+def text_ids(tokens: Tensor, begin_id: int, end_id: int, im_end_id: int) -> tuple[int, ...]:
+    """Read the text of a sequence, whatever was spoken: the same line gives other frames with another seed.
+
+    Args:
+        tokens: int64 [1+N, T], a prompt with or without frames after it.
+        begin_id: First semantic token id.
+        end_id: Last semantic token id.
+        im_end_id: Token id that ends speech.
+
+    Returns:
+        Token ids of the first row without frames (those of a voice are none of the text either) and without the
+        im_end at the end, which a sequence that was cut does not have.
+    """
+    row = tokens[0]
+    ids: list[int] = row[(row < begin_id) | (row > end_id)].tolist()
+    return tuple(ids[:-1] if ids and ids[-1] == im_end_id else ids)
+
+
 def calibration_key(lines: Sequence[CalibrationLine], settings: Calibration, model_sha256: Mapping[str, str]) -> str:
     """Hash all that a calibration set depends on.
 

@@ -109,7 +109,7 @@ def _lines(options: argparse.Namespace, found: Found | None, checked: Sequence[C
         real = "not finite" if one.kl_together is None else f"{one.kl_together:.4g}"
         lines.append(f"{one.name}: {one.num_bytes:,} tensor bytes, predicted {predicted}, really {real} nats per frame")
         if one.num_seen:
-            lines.append(f"  flattered: it was calibrated on {one.num_seen} of the {one.num_held} held-out sequences")
+            lines.append(f"  flattered: it was calibrated on {one.num_seen} of the {one.num_held} held-out lines")
     if options.curve:
         lines.append(f"curve: {options.folder / 'report.html'}, curve.csv, curve.svg")
     return lines

@@ -24,7 +24,7 @@ from s2quant.quantize.plan import make_plan
 from s2quant.recipe import Rule, load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model, parse_device
-from s2quant.search.check import Checked, check_folder
+from s2quant.search.check import Checked, check_folder, check_sizes
 from s2quant.search.curve import make_curve, named_points, write_curve
 from s2quant.search.damage import Held, hold
 from s2quant.search.evidence import Found, evidence
@@ -32,7 +32,7 @@ from s2quant.search.rules import recipe_text, source_from
 from s2quant.search.sensitivity import split_held
 from s2quant.search.solve import Choice, Item, Solution, least_damage, least_size, walk
 from s2quant.search.store import open_candidates
-from s2quant.search.table import Sensitivity, check_pandas, load_sensitivity
+from s2quant.search.table import Sensitivity, check_measured, check_pandas, load_sensitivity
 from s2quant.search.together import measure_together
 from s2quant.search.units import DENSE_BITS
 
@@ -91,7 +91,7 @@ def search(
     items = make_items(table, options.bits, options.keep)
     solution = None if options.out is None else _solve(options, table, items)
     for folder in options.check:
-        open_checkpoint(folder)
+        check_sizes(table, folder)
     held = None if options.model is None else _hold(table, options.model, options.device, report)
     points = list(walk(items, table.fixed_bytes))
     named = named_points(table, points)
@@ -301,6 +301,7 @@ def plan_bytes(recipe: Path, folder: Path) -> int:
         Tensor bytes, as `quantize --plan` counts them.
 
     Raises:
-        UserError: The recipe cannot be read or does not fit the model.
+        UserError: The recipe cannot be read or does not fit the model, or the folder holds no measurements.
     """
+    check_measured(folder)
     return make_plan(load_recipe(recipe), S2Config.load(folder)).num_bytes

@@ -21,6 +21,9 @@ from s2quant.errors import UserError
 from s2quant.recipe import LinearSettings, Recipe
 
 Verdict = LinearSettings | None
+SOURCE_NOTE = (
+    "calibration.source is relative to this file: moved elsewhere, it needs the source moved along or another path"
+)
 
 
 def make_rules(verdicts: Mapping[str, Verdict], base: LinearSettings) -> list[dict[str, Any]]:
@@ -121,7 +124,7 @@ def recipe_text(
         verdicts: How each linear is quantized.
         origin: The recipe whose calibration and strictness it takes over.
         source: The calibration source, as named from where the recipe will be.
-        evidence: Lines for the comment on top, without `#`.
+        evidence: Lines for the comment on top, without `#`; where the source is a file, a line on it is added.
 
     Returns:
         The YAML.
@@ -136,7 +139,8 @@ def recipe_text(
         "calibration": {"source": source} | calibration,
         "strict": origin.strict,
     }
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in evidence)
+    place = [] if source.startswith("hf:") else [SOURCE_NOTE]
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in (*evidence, *place))
     return comment + yaml.safe_dump(body, sort_keys=False, width=110, allow_unicode=True)
 
 

@@ -343,7 +343,7 @@ def _table(
 def _source(recipe: Recipe, out: Path) -> str:
     """Name the calibration source so that it is found from the folder made."""
     source = recipe.calibration.source
-    return source if source.startswith("hf:") else os.path.relpath(recipe.calibration_path, out.absolute())
+    return source if source.startswith("hf:") else os.path.relpath(recipe.calibration_path, out.resolve())
 
 
 def _write(

@@ -53,6 +53,7 @@ def load_sensitivity(folder: Path) -> Sensitivity:
     Raises:
         UserError: The folder holds no such measurements, or damaged ones; all faults are listed.
     """
+    check_measured(folder)
     raw = read_json(folder / FILE)
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
@@ -92,6 +93,23 @@ def load_sensitivity(folder: Path) -> Sensitivity:
         dense_bytes=raw["dense_bytes"],
         raw=raw,
     )
+
+
+def check_measured(folder: Path) -> None:
+    """Refuse a folder that is not what `s2quant sensitivity` makes.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: It is not there, or has no sensitivity.json.
+    """
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"{folder} has no {FILE}" if folder.is_dir() else f"{folder} is not a folder",
+            "a folder that `s2quant sensitivity` made",
+            "name that folder (its --out), or measure first: s2quant sensitivity RECIPE --model DIR --out DIR",
+        )
 
 
 def _is_size(value: Any) -> bool:

@@ -36,6 +36,14 @@ def read_back(verdicts: dict[str, LinearSettings | None], config: S2Config, fold
     return recipe
 
 
+def test_only_a_source_that_is_a_file_is_relative() -> None:
+    verdicts = dict.fromkeys(linears(S2Config.from_json(tiny_config())), BASE)
+    for source, count in (("../x.jsonl", 1), ("hf:owner/name", 0)):
+        text = recipe_text("found", "what", verdicts, origin(), source, ["why"])
+        assert text.startswith("# why\n")
+        assert text.count("# calibration.source is relative to this file") == count
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_any_verdicts_survive(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)

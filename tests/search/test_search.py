@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import wave
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,8 +17,10 @@ from folder_cases import REPOSITORY, change_json, link_copy, listing
 from safetensors.torch import load_file
 from search_cases import BLOCKS, NUM_SEQUENCES, RECIPE, spoken, whole_model_damage, write_recipe
 
+from s2quant.calibrate.sequences import load_set, save_set
 from s2quant.checkpoint.config import S2Config
 from s2quant.cli import main
+from s2quant.export.random import tiny_config, write_random
 from s2quant.files import read_json
 from s2quant.model import module_name
 from s2quant.packing import unpack
@@ -25,6 +28,8 @@ from s2quant.quantize.plan import make_plan
 from s2quant.recipe import load_recipe
 from s2quant.runtime.load import load_model
 from s2quant.search.find import make_items
+from s2quant.search.rules import source_from
+from s2quant.search.sensitivity import _source
 from s2quant.search.solve import least_damage
 from s2quant.search.table import load_sensitivity
 
@@ -249,7 +254,12 @@ def test_outputs_and_inputs_that_do_not_fit(
     assert (tmp_path / "there.yaml").read_text("utf-8") == "mine"
     fails("a .yaml file named by lower-case letters", measured, tmp_path / "My Recipe.yaml")
     fails("a .yaml file named by lower-case letters", measured, tmp_path / "found.json")
-    fails("No such file", tmp_path / "nowhere", tmp_path / "a.yaml")
+    fails("nowhere is not a folder", tmp_path / "nowhere", tmp_path / "a.yaml")
+    for goal in ("14000000", str(RECIPE)):  # a checkpoint, with a config.json that a recipe could be planned on
+        assert find(tiny_folder, tmp_path / "a.yaml", "--budget", goal)[0] == 2
+        printed = capsys.readouterr().err
+        assert "has no sensitivity.json" in printed and "a folder that `s2quant sensitivity` made" in printed
+        assert "permissions" not in printed
     other = link_copy(tiny_folder, tmp_path / "other")
     change_json(other, lambda t: t.update(dtype="float16"))
     fails("is not the model that was measured", measured, tmp_path / "a.yaml", "--model", str(other))
@@ -267,34 +277,79 @@ def test_outputs_and_inputs_that_do_not_fit(
 def test_quantized_folders_are_held_against_the_prediction(
     measured: Path, tiny_folder: Path, tiny_quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The damage is that of whole models; a folder calibrated on the held-out speech is told apart."""
+    """The damage is that of whole models; a folder calibrated on held-out lines, spoken otherwise, is told."""
     clean = tmp_path / "clean"
     recipe = write_recipe(tmp_path / "clean.yaml", yaml.safe_load(RECIPE.read_text("utf-8"))["rules"])
     words = ["--model", str(tiny_folder), "--out", str(clean), "--sequences", str(NUM_SEQUENCES), "--quiet"]
     assert main(["quantize", str(recipe), *words]) == 0
-    run = link_copy(measured, tmp_path / "run")
+    run, flattered = link_copy(measured, tmp_path / "run"), link_copy(tiny_quantized, tmp_path / "flattered")
+    speak_otherwise(flattered / "s2quant" / "calibration.safetensors")
     capsys.readouterr()
-    check = ["--check", str(clean), "--check", str(tiny_quantized), "--check", str(tiny_folder)]
+    check = ["--check", str(clean), "--check", str(flattered), "--check", str(tiny_folder)]
     assert main(["search", str(run), *check, "--model", str(tiny_folder), "--curve", "--json", "--quiet"]) == 0
     rows = json.loads(capsys.readouterr().out)["checked"]
     sequences = spoken(measured, tiny_folder)
     baseline = load_model(tiny_folder, dtype=torch.float32)
     origin = next(row for row in read_json(measured / "sensitivity.json")["together"] if row["name"] == "the recipe")
-    for folder, row in zip((clean, tiny_quantized), rows, strict=False):
+    for folder, row in zip((clean, flattered), rows, strict=False):
         model = load_model(folder, dtype=torch.float32)
         assert row["kl_together"] == pytest.approx(whole_model_damage(baseline, model, sequences)["kl"], rel=1e-6)
         assert row["kl"] == pytest.approx(origin["kl_sum"])
         ours = load_file(folder / "s2quant" / "calibration.safetensors")
         split = round(len(ours) * (0.7 if folder == clean else 0.875))
-        used = [ours[name].tolist() for name in sorted(ours)[:split]]
-        assert row["num_seen"] == sum(one.tokens.tolist() in used for one in sequences)
+        used = [name.split("/")[1] for name in sorted(ours)[:split]]  # of one source, whose texts all differ
+        assert row["num_seen"] == sum(one.id.split("/")[1] in used for one in sequences)
     assert rows[0]["num_seen"] == 0 < rows[1]["num_seen"]
     assert (rows[2]["kl"], rows[2]["kl_together"], rows[2]["num_seen"]) == (0, 0, None)
     names = [row["name"] for row in read_json(run / "curve.json")["named"]]
-    assert names[-3:] == ["clean", tiny_quantized.name, tiny_folder.name]
+    assert names[-3:] == ["clean", "flattered", tiny_folder.name]
     assert main(["search", str(run), "--check", str(clean), "--quiet"]) == 2
     assert "--check without --model" in capsys.readouterr().err
     assert main(["search", str(run), *check, "--model", str(tiny_folder), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("really") == 3
-    assert printed.count("flattered") == 1
+    assert printed.count("flattered: it was calibrated on") == 1
+
+
+def speak_otherwise(path: Path) -> None:
+    """Change a residual code of every frame of a calibration set, as another seed would."""
+    before = load_set(path, 10)
+    spoken = [tokens.clone() for tokens in before.sequences]
+    for tokens in spoken:
+        tokens[2] ^= (tokens[1:] != 0).any(0).long()
+    path.unlink()
+    save_set(replace(before, sequences=tuple(spoken)), path)
+
+
+def test_a_check_of_another_model_is_told_before_anything_is_measured(
+    measured: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config()
+    config["text_config"] |= {"n_layer": 1}
+    config["audio_decoder_config"] |= {"n_layer": 1}
+    write_random(config, tmp_path / "other", seed=0)
+    words = ["--check", str(tmp_path / "other"), "--model", str(tiny_folder), "--quiet"]
+    assert main(["search", str(measured), *words]) == 2
+    printed = capsys.readouterr().err
+    assert "is of another model than the one that was measured" in printed
+    assert "text_config.n_layer is 1, not 4" in printed
+    assert "audio_decoder_config.n_layer is 1, not " in printed
+    assert f"a folder that was made from {tiny_folder.name}" in printed
+    assert "tokenizer" not in printed
+
+
+def test_a_recipe_says_what_its_source_is_relative_to(measured: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "deep", target_is_directory=True)
+    out = find(measured, tmp_path / "link" / "found.yaml", "--budget", "14000000")[1]
+    assert "\n# calibration.source is relative to this file" in out.read_text("utf-8")
+    for path in (out, tmp_path / "deep" / "found.yaml"):
+        assert load_recipe(path).calibration_path == (REPOSITORY / "recipes/calibration/tiny-en.jsonl").resolve()
+
+
+def test_the_source_is_found_from_a_folder_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "one" / "two", target_is_directory=True)
+    folder, recipe = tmp_path / "link" / "run", load_recipe(RECIPE)
+    source = source_from(_source(recipe, folder), folder, tmp_path / "found.yaml", None)
+    assert (tmp_path / source).resolve() == recipe.calibration_path
