@@ -45,6 +45,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or named or any(text in str(error) for text in texts)
 
 
+def is_lost_process(error: Exception) -> bool:
+    """Tell the end of another process of a run, which this one was in a meeting with, from other errors.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        Whether it is one, as torch's backends word it.
+    """
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
+    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return named or ("gloo" in str(error) and any(text in str(error) for text in texts))
+
+
 class VerificationError(S2QuantError):
     """A finished artefact does not hold what it should.
 

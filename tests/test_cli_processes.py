@@ -251,6 +251,7 @@ def test_the_folder_one_is_in_is_not_searched_for_modules(tmp_path: Path) -> Non
     ("launched", "count", "device", "said"),
     [
         (None, 0, "cpu", r"--processes 0(.|\n)*positive"),
+        (None, 9, "cpu", r"--processes 9 on 8 cores(.|\n)*start fewer"),
         ("2", 3, "cpu", r"--processes 3 in one of 2(.|\n)*without the launcher"),
         (None, 2, "cuda:1", r"--processes 2 on cuda:1(.|\n)*say --device cuda"),
     ],
@@ -259,6 +260,7 @@ def test_what_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch, launched: str | None, count: int, device: str, said: str
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(8)), raising=False)
     if launched is not None:
         monkeypatch.setenv("WORLD_SIZE", launched)
         monkeypatch.setenv("RANK", "0")
@@ -285,3 +287,40 @@ def test_two_processes_quantize_as_one(
         assert sha256_file(tmp_path / "two" / name) == sha256_file(tiny_quantized / name), name
     assert main(words) == 2
     assert capfd.readouterr().err.count("exists already") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_is_killed_while_they_quantize(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_folder: Path,
+    tiny_quantized: Path,
+    capfd: pytest.CaptureFixture[str],
+    rank: int,
+) -> None:
+    """No traceback of the one that lost it, a word of how to go on, and the same bytes then."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    kills = f"""
+import os, signal, sys
+from s2quant.cli import main
+from s2quant.quantize import loop
+plain = loop.Stream.advance
+def advance(self, stage):
+    if os.environ["RANK"] == "{rank}" and stage.name.endswith("1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, stage)
+loop.Stream.advance = advance
+sys.exit(main(sys.argv[1:]))
+"""
+    out = tmp_path / "two"
+    words = ["quantize", str(RECIPE), "--model", str(tiny_folder), "--out", str(out), "--processes", "2"]
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setattr(processes, "command", lambda: [sys.executable, "-c", kills])
+        assert main(words) == 137
+    said = capfd.readouterr().err
+    assert f"process {rank} of 2 was ended by SIGKILL" in said and "go on with --resume" in said
+    assert "Traceback" not in said
+    assert main([*words, "--resume"]) == 0
+    assert sha256_file(out / "model.safetensors") == sha256_file(tiny_quantized / "model.safetensors")

@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--how", choices=("best", "first"), default="best", help="how kernels are launched")
     parser.add_argument("--variants", default="", metavar="REGEX", help='of "w4a16 batch 64, without early"')
     parser.add_argument("--cases", default="", metavar="REGEX", help='of "w4 w1+w3 M=64": what the part "tune" times')
-    parser.add_argument("--models", default="", help="some of w4a16,bf16,fast8,w8a16")
+    parser.add_argument("--models", default="", help="some of w4a16,bf16,fast8,w8a16, instead of these; or g128")
     parser.add_argument("--go-on", action="store_true", help="keep what is in DIR/speed.json")
     parser.add_argument("--preload", type=Path, action="append", default=[], help="a torch extension of gptqmodel's")
     options = parser.parse_args()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from s2quant import __version__
 from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, search, sensitivity, speak
 from s2quant.cli.processes import are_wanted, run_processes
-from s2quant.errors import UserError, VerificationError, is_out_of_memory
+from s2quant.errors import UserError, VerificationError, is_lost_process, is_out_of_memory
 
 COMMANDS = (
     quantize,
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     try:
         if are_wanted(options):
-            return run_processes(options.processes, words)
+            return _all_of(options, words)
         status: int = options.run(options)
         sys.stdout.flush()
         return status
@@ -64,10 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(options, f"{error.filename or 'the system'}: {error.strerror or error}", "a file that can be used")
     except (MemoryError, RuntimeError) as error:
+        if "RANK" in os.environ and is_lost_process(error):
+            print(f"s2quant {options.command}: another process has ended{_resume_hint(options)}", file=sys.stderr)
+            return 1
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or "out of memory").splitlines()[0]
         return _fail(options, reason, "enough memory", "close other programs, use a larger machine, or ask for less")
+
+
+def _all_of(options: argparse.Namespace, words: Sequence[str]) -> int:
+    status = run_processes(options.processes, words)
+    if status > INTERRUPTED or status == 128 + signal.SIGHUP:  # none that was ended so has said anything
+        print(f"s2quant {options.command}: stopped{_resume_hint(options)}", file=sys.stderr)
+    return status
 
 
 def _fail(options: argparse.Namespace, got: str, expected: str, todo: str = "check the path and its rights") -> int:

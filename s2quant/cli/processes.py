@@ -63,6 +63,12 @@ def are_wanted(options: argparse.Namespace) -> bool:
         raise UserError(f"--processes {count}", "a positive number", "correct it")
     if count == 1 or getattr(options, "plan", False):
         return False
+    if count > max(2, _num_cores()):
+        raise UserError(
+            f"--processes {count} on {_num_cores()} cores",
+            "a process for each GPU, or for some cores",
+            "start fewer: each holds what it works on",
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if launched not in (1, count):
         raise UserError(
@@ -109,7 +115,8 @@ def run_processes(count: int, words: Sequence[str]) -> int:
         failed = _wait(group.processes, told)
         statuses = [process.poll() for process in group.processes]  # of those that ended by themselves
         group.end()
-        for sentence in _news(statuses, folder):
+        is_stopped = told.end is not None or told.interrupts  # what they say of that is no news
+        for sentence in [] if is_stopped else _news(statuses, folder):
             print(sentence, file=sys.stderr)
         if statuses[0] is None and sys.stderr.isatty():
             print(SHOW_CURSOR, end="", file=sys.stderr)  # which a bar had hidden
@@ -178,14 +185,18 @@ def command() -> list[str]:
 
 def _shared_environment(count: int) -> Mapping[str, str]:
     """Compose what all processes are told alike."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _num_cores() // count)),
     }
+
+
+def _num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], told: _Told) -> int | None:

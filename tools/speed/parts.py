@@ -28,9 +28,13 @@ from tools.speed.timing import bandwidth, card_state
 ROOT = Path(__file__).resolve().parents[2]
 BATCHES = {"s2-pro": (1, 8, 32, 64), "tiny": (1,)}
 MODELS = {
-    "s2-pro": {"w4a16": "s2-pro-w4a16", "bf16": None, "fast8": "s2-pro-w4a16-fast8", "w8a16": "s2-pro-w8a16"},
-    "tiny": {"w4a16": "tiny-w4a16", "bf16": None, "fast8": "tiny-w4a16-fast8"},
-}
+    "s2-pro": {
+        "w4a16": "s2-pro-w4a16", "bf16": None, "fast8": "s2-pro-w4a16-fast8", "w8a16": "s2-pro-w8a16",
+        "g128": "s2-pro-w4a16-g128",
+    },
+    "tiny": {"w4a16": "tiny-w4a16", "bf16": None, "fast8": "tiny-w4a16-fast8", "g128": "tiny-w4a16-g64"},
+}  # fmt: skip
+ON_REQUEST = ("g128",)  # of --models: kernels of their own that all else can do without
 ROWS = {"s2-pro": (1, 2, 8, 16, 17, 24, 32, 47, 64), "tiny": (1, 9, 17)}
 TUNED_ROWS = {"s2-pro": (64, 32, 1, 16), "tiny": (1,)}
 LEAST_COMPILE_S = 60
@@ -242,7 +246,7 @@ def linears_part(check: Check) -> None:
 def models_of(check: Check) -> list[str]:
     """List the models that are asked for."""
     asked = check.options.models
-    return [name for name in MODELS[check.size] if not asked or name in asked.split(",")]
+    return [name for name in MODELS[check.size] if (name in asked.split(",") if asked else name not in ON_REQUEST)]
 
 
 def settled(check: Check) -> list[tuple[str, int]]:
@@ -301,7 +305,7 @@ def frames_part(check: Check) -> None:
     residual = min(1024, config_of(check.size).codebook_size)
     position = 480 if check.big else 40
     wanted = [(name, batch, True) for batch in BATCHES[check.size] for name in ("w4a16", "bf16")]
-    wanted += [(name, batch, True) for batch in (1, 64)[: 2 if check.big else 1] for name in ("fast8", "w8a16")]
+    wanted += [(name, batch, True) for batch in (1, 64)[: 2 if check.big else 1] for name in ("fast8", "w8a16", "g128")]
     wanted = [job for job in wanted if job[0] in models_of(check)]
     if check.cuda:
         wanted += [("bf16", 1, False), ("bf16", 32, False)]
