@@ -6,6 +6,7 @@ session folders. That no test has changed them is checked at the end.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for among what tests make, not among the modules that all of them have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def _unchanged(folder: Path) -> Iterator[Path]:
