@@ -52,11 +52,11 @@ def is_lost_process(error: Exception) -> bool:
         error: Any exception.
 
     Returns:
-        Whether it is one, as torch's backends word it.
+        Whether it is one, as gloo and NCCL word it; their other errors, such as a lack of memory, are none.
     """
-    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
-    named = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    return named or ("gloo" in str(error) and any(text in str(error) for text in texts))
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    is_theirs = type(error).__name__.startswith("Dist") or "gloo" in str(error)
+    return is_theirs and any(text in str(error) for text in texts)
 
 
 class VerificationError(S2QuantError):

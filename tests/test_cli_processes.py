@@ -15,7 +15,7 @@ import pytest
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.cli import main, processes
 from s2quant.cli.processes import are_wanted, run_processes
-from s2quant.errors import UserError
+from s2quant.errors import UserError, is_lost_process
 from s2quant.files import read_json, sha256_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -197,11 +197,28 @@ def test_a_signal_ends_all(tmp_path: Path, number: signal.Signals, to_all: bool,
             os.killpg(launcher.pid, signal.SIGKILL)
 
 
-def test_an_interrupt_that_none_listens_to_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They are ended, and the caller says what is kept."""
-    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    last = "if rank:\n    os.kill(os.getppid(), signal.SIGINT)\ntime.sleep(100)\n"
-    starts(monkeypatch, tmp_path, deaf + last, grace_s=0.5)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)",  # both are ended
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(0 if rank else 1))",  # it lost the other first
+    ],
+)
+def test_an_interrupt_of_which_nobody_spoke_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str
+) -> None:
+    """By the caller, who says what is kept."""
+    script = f"""
+{answer}
+(folder / f"{{rank}}").touch()
+while not all((folder / name).exists() for name in "01"):
+    time.sleep(0.05)
+if rank:
+    os.kill(os.getppid(), signal.SIGINT)
+time.sleep(100)
+"""
+    starts(monkeypatch, tmp_path, script, grace_s=3.0)
+    monkeypatch.setattr(processes, "FORWARD_S", 0.1)
     with pytest.raises(KeyboardInterrupt):
         run_processes(2, [])
 
@@ -212,6 +229,7 @@ def test_an_interrupt_that_none_listens_to_is_said(monkeypatch: pytest.MonkeyPat
         (None, 1, "cuda:1", False),
         (None, 2, "cuda", True),
         (None, 2, "cpu", True),
+        (None, 9, "cuda", True),  # how many GPUs there are is seen when torch is there
         ("2", 2, "cuda", False),  # this is one of the two
         ("2", 1, "cuda", False),  # started by accelerate
         ("1", 2, "cuda", True),  # by torchrun, as one
@@ -221,6 +239,7 @@ def test_when_they_are_started(
     monkeypatch: pytest.MonkeyPatch, launched: str | None, count: int, device: str, expected: bool
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(8)), raising=False)
     if launched is not None:
         monkeypatch.setenv("WORLD_SIZE", launched)
         monkeypatch.setenv("RANK", "0")
@@ -287,6 +306,27 @@ def test_two_processes_quantize_as_one(
         assert sha256_file(tmp_path / "two" / name) == sha256_file(tiny_quantized / name), name
     assert main(words) == 2
     assert capfd.readouterr().err.count("exists already") == 1
+
+
+class DistBackendError(RuntimeError):
+    """Named as torch's, which it is told by."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (
+            RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]"),
+            True,
+        ),
+        (DistBackendError("NCCL error: remote process exited or there was a network error"), True),
+        (DistBackendError("NCCL error: unhandled cuda error, CUDA out of memory"), False),
+        (RuntimeError("Connection closed by peer"), False),  # not theirs
+        (RuntimeError("gloo: unsupported type"), False),
+    ],
+)
+def test_which_errors_are_of_a_lost_process(error: Exception, is_lost: bool) -> None:
+    assert is_lost_process(error) is is_lost
 
 
 @pytest.mark.parametrize("rank", [0, 1])

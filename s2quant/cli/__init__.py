@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from s2quant import __version__
 from s2quant.cli import bench, checkpoints, compare, demo, evaluate, publish, quantize, search, sensitivity, speak
-from s2quant.cli.processes import are_wanted, run_processes
+from s2quant.cli.processes import INTERRUPTED, are_wanted, run_processes
 from s2quant.errors import UserError, VerificationError, is_lost_process, is_out_of_memory
 
 COMMANDS = (
@@ -31,7 +31,6 @@ COMMANDS = (
     publish,
     demo,
 )  # as in the help
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

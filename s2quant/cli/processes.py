@@ -31,6 +31,7 @@ KILL_S = 10.0  # for those that are told to end
 POLL_S = 0.05
 LAST_BYTES = 20_000  # of what a process wrote
 SHOW_CURSOR = "\x1b[?25h"
+INTERRUPTED = 128 + signal.SIGINT  # the exit status
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:
@@ -56,18 +57,18 @@ def are_wanted(options: argparse.Namespace) -> bool:
         False where a launcher has started as many already, and where there is no work to share.
 
     Raises:
-        UserError: The number is none, differs from a launcher's, or the processes would have one GPU.
+        UserError: The number is none, more than the cores are, not a launcher's, or the processes would have one GPU.
     """
     count, device = getattr(options, "processes", 1), getattr(options, "device", "cpu")
     if count < 1:
         raise UserError(f"--processes {count}", "a positive number", "correct it")
     if count == 1 or getattr(options, "plan", False):
         return False
-    if count > max(2, _num_cores()):
+    if device == "cpu" and count > max(2, _num_cores()):
         raise UserError(
             f"--processes {count} on {_num_cores()} cores",
-            "a process for each GPU, or for some cores",
-            "start fewer: each holds what it works on",
+            "cores for every process",
+            "start fewer: each holds a model, too",
         )
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if launched not in (1, count):
@@ -99,7 +100,7 @@ def run_processes(count: int, words: Sequence[str]) -> int:
         The exit status of the one that was first seen to have failed, 128 and more for a signal; 0: none did.
 
     Raises:
-        KeyboardInterrupt: The user interrupted, and none of them has said so.
+        KeyboardInterrupt: The user interrupted, and the first of them has not said so.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="s2quant-")))
@@ -122,13 +123,11 @@ def run_processes(count: int, words: Sequence[str]) -> int:
             print(SHOW_CURSOR, end="", file=sys.stderr)  # which a bar had hidden
     if told.end is not None:
         return 128 + told.end
-    if failed is not None:
-        status = statuses[failed]
-        assert status is not None
-        return status if status > 0 else 128 - status
-    if None in statuses:
+    if told.interrupts and any(status != 0 for status in statuses) and statuses[0] != INTERRUPTED:
         raise KeyboardInterrupt
-    return 0
+    status = 0 if failed is None else statuses[failed]
+    assert status is not None  # only what a signal or a failure has cut short has none
+    return status if status >= 0 else 128 - status
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ import torch
 from s2quant.calibrate.lines import CalibrationLine
 from s2quant.calibrate.sequences import LEAST_GROUPS
 from s2quant.checkpoint.reader import Checkpoint
+from s2quant.codec.state import FILE_NAME as CODEC_FILE
 from s2quant.prompt import split_text
 from s2quant.recipe import Calibration
 from s2quant.runtime.fast import context_bucket
@@ -94,7 +95,7 @@ def slots_that_fit(
     Returns:
         One of MANY_SLOTS, or USUAL_SLOTS if none of them fits: whether those do is seen when they are tried.
     """
-    slow, codec = checkpoint.config.slow, checkpoint.folder / "codec.pth"
+    slow, codec = checkpoint.config.slow, checkpoint.folder / CODEC_FILE
     weights = sum(entry.num_bytes for entry in checkpoint.entries.values())
     weights += codec.stat().st_size if codec.exists() else 0
     positions = context_bucket(_most_positions(settings, lines), slow.max_seq_len)
