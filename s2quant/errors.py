@@ -59,6 +59,10 @@ def is_lost_process(error: Exception) -> bool:
     return is_theirs and any(text in str(error) for text in texts)
 
 
+class DiskError(UserError):
+    """A disk refused to be written: what was finished before stays."""
+
+
 class VerificationError(S2QuantError):
     """A finished artefact does not hold what it should.
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError  # the Rust part alone: no torch
 
-from s2quant.errors import UserError
+from s2quant.errors import DiskError, UserError
 
 MOST_READERS = 8  # threads that read and hash side by side; each holds what it reads
 Item = TypeVar("Item")
@@ -155,7 +155,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UserError: The operating system refused to write.
+        DiskError: The operating system refused to write.
     """
     try:
         yield
@@ -164,7 +164,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:  # name a file only if it is not one of ours in the making
             elsewhere = error.filename is not None and ".partial-" not in str(error.filename)
             reason = f"{error.filename}: {error.strerror}" if elsewhere else error.strerror
-        raise UserError(
+        raise DiskError(
             f"writing {path} failed: {reason}{_free_bytes(path)}",
             "a disk with room for the output",
             "free some space or name another --out; nothing was left under the final name",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from s2quant.errors import UserError
-from s2quant.files import atomic_file, disk_errors, read_text, sha256_file, side_by_side
+from s2quant.files import atomic_file, disk_errors, read_json, read_text, sha256_file, side_by_side
 
 LIBRARIES = (
     "torch",
@@ -77,17 +77,29 @@ def git_commit() -> str | None:
     return commit + ("+dirty" if status.strip() else "")
 
 
-def folder_hashes(folder: Path) -> dict[str, str]:
-    """Hash every file directly in a folder.
+def hashed_files(folder: Path) -> list[Path]:
+    """List what identifies a folder.
 
     Args:
         folder: The folder.
 
     Returns:
-        sha256 by file name, sorted; hidden files and the manifest are left out.
+        The files directly in it, sorted by name, without hidden ones and the manifest.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = [path for path in files if path.name != "manifest.json"]
+    return [path for path in files if path.name != "manifest.json"]
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """Hash what identifies a folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        sha256 by file name, sorted: of `hashed_files`.
+    """
+    files = hashed_files(folder)
     return dict(zip([path.name for path in files], side_by_side(sha256_file, files), strict=True))
 
 
@@ -114,6 +126,51 @@ def manifest(stage: str, inputs: Mapping[str, Any], device: str, seed: int | Non
         "s2quant_commit": git_commit(),
         **details,
     }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The object; empty where there is none.
+
+    Raises:
+        UserError: The file is no JSON object.
+    """
+    path = folder / "manifest.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def made_by(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Find the manifest of the stage that made the weights: an export has them from its source, and says how.
+
+    Args:
+        record: A manifest.
+
+    Returns:
+        The first one that is no export's, or the last one that is known.
+    """
+    while record.get("stage") == "export" and isinstance(record.get("source"), Mapping):
+        record = record["source"]
+    return record
+
+
+def input_facts(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Look up what a manifest, ours or anybody's, says of an input.
+
+    Args:
+        record: A manifest.
+        name: The input: "model", "recipe", ...
+
+    Returns:
+        The facts; empty where there are none.
+    """
+    inputs = record.get("inputs")
+    found = inputs.get(name) if isinstance(inputs, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,19 @@
 """Quantize within 12 GB of a GPU, killed on the way and gone on with, or by several GPUs; hold that to one plain go.
 
     python tools/gpu_check.py --out OUT --work WORK --sequences 256 --full-length --keep
-    python tools/low_memory_check.py --out OUT2 --work WORK [--stages 12] [--sequences 256]
+    python tools/low_memory_check.py --out OUT2 --work WORK [--stages 12] [--sequences 256] [--groups 4]
     python tools/low_memory_check.py --out OUT3 --work WORK --processes 2
 
 The first command leaves under WORK a bf16 checkpoint, its quantized folder, the calibration set and, where sequences
 have their full length, the recipe; the second quantizes the same once more by `s2quant quantize --low-memory`, ends it
 with SIGKILL as soon as so many stages are done, goes on with `--resume`, and compares every tensor. What it takes is
 measured by the run itself (manifest.json), of the process that went on. The calibration set is read, not spoken again:
-with two lines at a time that would take longer than all else. Writes DIR/low_memory.json. With --processes the same
-is quantized in one go by so many processes instead, in all the memory there is, to DIR/shared.json; with --profile each
-writes DIR/profile-RANK.txt, where its time went. Exit status 1: something differs, failed, or was done before it could
-be killed. `--size tiny --device cpu` tries the script itself.
+with two lines at a time that takes longer than all else. With --groups it is spoken, and the run is killed a first time
+as soon as so many groups of lines are; it is then held to a plain run on the set that it spoke, since other lines side
+by side speak otherwise. Writes DIR/low_memory.json; a call that was cut off is gone on with by `--go-on`. With
+--processes the same is quantized in one go by so many processes instead, in all the memory there is, to
+DIR/shared.json; with --profile each writes DIR/profile-RANK.txt, where its time went. Exit status 1: something differs,
+failed, or was done before it could be killed. `--size tiny --device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,18 @@ MEASURED = ("device", "peak_device_bytes", "peak_calibration_bytes", "peak_host_
 RECIPES = {"s2-pro": "s2-pro-w4a16.yaml", "tiny": "tiny-w4a16.yaml"}
 
 
-def killed(launcher: Launcher, words: Sequence[str], stages: Path, wanted: int, limit_s: float) -> dict[str, Any]:
-    """Run a command until so many stages are done, and kill it.
+def killed(launcher: Launcher, words: Sequence[str], parts: Path, wanted: int, limit_s: float) -> dict[str, Any]:
+    """Run a command until so many parts are done, and kill it.
 
     Args:
         launcher: Starts it.
         words: After `s2quant`.
-        stages: The folder in which each finished stage has a file of its own.
-        wanted: Stages.
+        parts: The folder in which each finished part, a group of lines or a stage, has a file of its own.
+        wanted: Parts.
         limit_s: Its time.
 
     Returns:
-        seconds, stages, and status (None: killed).
+        seconds, done (parts), and status (None: killed).
     """
     began = time.perf_counter()
     with launcher.log.open("ab") as log:
@@ -64,19 +66,19 @@ def killed(launcher: Launcher, words: Sequence[str], stages: Path, wanted: int, 
         )  # fmt: skip
         status = None
         try:
-            while process.poll() is None and time.perf_counter() - began < limit_s and finished(stages) < wanted:
+            while process.poll() is None and time.perf_counter() - began < limit_s and finished(parts) < wanted:
                 time.sleep(POLL_S)
             status = process.poll()
         finally:  # also when this script is ended itself
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return {"seconds": time.perf_counter() - began, "stages": finished(stages), "status": status}
+    return {"seconds": time.perf_counter() - began, "done": finished(parts), "status": status}
 
 
-def finished(stages: Path) -> int:
-    """Count the files of finished stages."""
-    return len(list(stages.glob("*.safetensors")))
+def finished(parts: Path) -> int:
+    """Count the files of finished parts."""
+    return len(list(parts.glob("[!.]*.safetensors")))
 
 
 def unequal(one: Path, other: Path) -> list[str]:
@@ -91,6 +93,44 @@ def unequal(one: Path, other: Path) -> list[str]:
     return found
 
 
+def low_memory(
+    facts: dict[str, Any],
+    keep: Callable[[], None],
+    launcher: Launcher,
+    line: list[str],
+    partial: Path,
+    options: argparse.Namespace,
+    left: Callable[[], float],
+) -> dict[str, Any]:
+    """Quantize, killed once or twice on the way.
+
+    Args:
+        facts: What is known; each go is added.
+        keep: Writes it down.
+        launcher: Starts a go.
+        line: The words after `s2quant`.
+        partial: The run's folder.
+        options: Of the command line.
+        left: Seconds that are left.
+
+    Returns:
+        The last go, with its status.
+    """
+    goes = [("killed", partial / "stages", options.stages)]
+    if options.groups:
+        goes.insert(0, ("killed_speaking", partial / "speech", options.groups))
+    for name, parts, wanted in goes:
+        if facts.get(name, {}).get("done", 0) >= wanted:
+            continue  # before the call that was cut off
+        more = ["--resume"] if partial.exists() else []
+        facts[name] = killed(launcher, [*line, *more], parts, wanted, left())
+        keep()
+        if facts[name]["status"] is not None or facts[name]["done"] < wanted:
+            return {"status": 1}
+    facts["gone_on"] = launcher.run([*line, "--resume"], limit_s=left())
+    return dict(facts["gone_on"])
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Quantize in two goes, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,6 +140,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sequences", type=int, default=256, help="as gpu_check.py was told")
     parser.add_argument("--stages", type=int, default=12, help="stages after which it is killed; not with --processes")
+    parser.add_argument("--groups", type=int, default=0, help="speak, too; groups after which it is killed first")
+    parser.add_argument("--go-on", action="store_true", help="go on with a call that was cut off")
     parser.add_argument("--processes", type=int, default=1, help="more than 1: shared, in one go, instead")
     parser.add_argument("--profile", action="store_true", help="write what each process's host did")
     parser.add_argument("--seconds", type=float, default=560)
@@ -115,12 +157,21 @@ def main(words: Sequence[str] | None = None) -> int:
     launcher = Launcher(num_processes=options.processes, preload=options.preload, log=log, profile=profile)
     out = work / ("shared" if shared else "low-memory")
     partial = out.with_name(f"{out.name}.partial")
-    for folder in (out, partial):
+    again = work / "low-memory-again"
+    for folder in () if options.go_on else (out, partial, again):
         shutil.rmtree(folder, ignore_errors=True)
     line = ["quantize", str(recipe), "--model", str(work / "bf16"), "--out", str(out), "--device", options.device]
-    line += ["--calibration", str(work / "calibration.safetensors"), "--sequences", str(options.sequences)]
-    line += ["--quiet"] if shared else ["--low-memory", "--quiet"]
+    line += ["--sequences", str(options.sequences), "--quiet"]
+    plain = line.copy()
+    if not options.groups:
+        line += ["--calibration", str(work / "calibration.safetensors")]
+    line += [] if shared else ["--low-memory"]
     facts: dict[str, Any] = {"recipe": recipe.name, "sequences": options.sequences}
+    if options.go_on and log.with_suffix(".json").exists():
+        facts = json.loads(log.with_suffix(".json").read_text("utf-8"))
+
+    def left() -> float:
+        return until - time.perf_counter()
 
     def keep() -> None:
         write_json(log.with_suffix(".json"), facts)
@@ -131,19 +182,19 @@ def main(words: Sequence[str] | None = None) -> int:
             "quantizing": [partial / "stages" / "*"],
             "writing": [out / "manifest.json"],
         }
-        done = facts["shared"] = launcher.run(line, True, until - time.perf_counter(), phases)
+        done = facts["shared"] = launcher.run(line, True, left(), phases)
     else:
-        facts["killed"] = killed(launcher, line, partial / "stages", options.stages, until - time.perf_counter())
-        keep()
-        done = {"status": 1}
-        if facts["killed"]["status"] is None:
-            done = facts["gone_on"] = launcher.run([*line, "--resume"], limit_s=until - time.perf_counter())
+        done = low_memory(facts, keep, launcher, line, partial, options, left)
     keep()
     if done["status"] == 0:
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
         facts |= {name: manifest[name] for name in MEASURED}
         facts["processes"] = manifest["processes"]
-        facts["unequal"] = unequal(work / "w4a16", out)
+        if options.groups:
+            plain[plain.index(str(out))] = str(again)
+            plain += ["--calibration", str(out / "s2quant" / "calibration.safetensors")]
+            facts["again"] = launcher.run(plain, limit_s=left())
+        facts["unequal"] = unequal(again if options.groups else work / "w4a16", out)
         keep()
     print(json.dumps(facts, indent=1))
     return int(facts.get("unequal") != [])

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s2quant.calibrate.lines import CalibrationLine, lines_sha256
+from s2quant.calibrate.spoken import Spoken, SpokenGroups
 from s2quant.errors import UserError
 from s2quant.files import atomic_file, read_text, sha256_text
 from s2quant.prompt import Voice
 from s2quant.recipe import Calibration
 from s2quant.runtime.engine import Engine
-from s2quant.runtime.speech import Request, Speech
+from s2quant.runtime.speech import Request
 
 FORMAT_VERSION = 1
 METADATA_KEY = "s2quant"
@@ -120,7 +121,8 @@ def make_sequences(
     voices_folder: Path,
     progress: Callable[[int], None] = lambda done: None,
     owns: Callable[[int], bool] = lambda group: True,
-    gather: Callable[[Callable[[], dict[int, Speech]]], dict[int, Speech]] = lambda speak: speak(),
+    gather: Callable[[Callable[[], dict[int, Spoken]]], dict[int, Spoken]] = lambda speak: speak(),
+    groups: SpokenGroups | None = None,
 ) -> CalibrationSet:
     """Turn lines into token sequences.
 
@@ -134,23 +136,34 @@ def make_sequences(
         owns: Tells the groups of lines (see `line_groups`) that this process speaks. A group is spoken by itself, so
             that it comes out alike whoever speaks it, and whoever speaks the others.
         gather: Lets every process speak, and adds what the others spoke.
+        groups: Keeps groups that are spoken, and has those that a stopped run spoke; None keeps none.
 
     Returns:
         The set, in the order of the lines.
 
     Raises:
-        UserError: A line cannot be spoken, a voice is missing, or every clip failed.
+        UserError: A line cannot be spoken, a voice is missing, every clip failed, or the disk refuses.
     """
     requests = _requests(engine, lines, settings, voices_folder)
 
-    def speak() -> dict[int, Speech]:
-        found: dict[int, Speech] = {}
+    def speak() -> dict[int, Spoken]:
+        done: dict[int, Spoken] = {}
         for number, group in enumerate(line_groups([line.text for line in lines], engine.num_slots)):
-            if owns(number):
+            if not owns(number):
+                continue
+            found = groups.load(number, group) if groups else None
+            if found is None:
+                found = {}
                 for speech in engine.generate([requests[index] for index in group]):
-                    found[group[speech.index]] = speech
-                    progress(len(found))
-        return found
+                    found[group[speech.index]] = Spoken(
+                        codes=speech.codes, batch_frames=speech.batch_frames, stop_reason=speech.stop_reason
+                    )
+                    progress(len(done) + len(found))
+                if groups is not None:
+                    groups.save(number, found)
+            done |= found
+            progress(len(done))
+        return done
 
     spoken = gather(speak) if settings.codes == "speak" else {}
     ids, sequences, dropped = [], [], Counter[str]()
@@ -217,7 +230,7 @@ def _requests(
     return requests
 
 
-def _failure(speech: Speech, settings: Calibration) -> str | None:
+def _failure(speech: Spoken, settings: Calibration) -> str | None:
     if min(speech.batch_frames) == 0:
         return "no frame"
     if settings.require_end and speech.stop_reason != "end":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,26 @@ import torch
 from torch import Tensor
 
 from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines
-from s2quant.calibrate.sequences import CalibrationSet, load_set, make_batches, make_sequences, save_set
+from s2quant.calibrate.sequences import (
+    CalibrationSet,
+    calibration_key,
+    load_set,
+    make_batches,
+    make_sequences,
+    save_set,
+)
+from s2quant.calibrate.spoken import SpokenGroups
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.codec import load_codec, read_codec_config
 from s2quant.errors import UserError
-from s2quant.files import check_new
+from s2quant.files import check_new, sha256_text
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
+from s2quant.quantize.store import RUN_VERSION
 from s2quant.recipe import Recipe
+from s2quant.records import hashed_files, versions
 from s2quant.runtime.engine import RELEASED_RESIDUAL_SIZE, Engine
-from s2quant.runtime.load import load_model
+from s2quant.runtime.load import device_name, load_model
 
 Report = Callable[[str, int, int], None]
 """Called with a phase, the steps done and the steps in all."""
@@ -65,6 +76,7 @@ def calibration_set(
     exchange: Exchange,
     report: Report,
     codec_device: torch.device | None = None,
+    groups_folder: Path | None = None,
 ) -> CalibrationSet:
     """Find the calibration set, or let the model speak it and keep it.
 
@@ -79,6 +91,7 @@ def calibration_set(
         exchange: As `spoken_set`.
         report: As `spoken_set`.
         codec_device: As `spoken_set`.
+        groups_folder: As `spoken_set`.
 
     Returns:
         The set.
@@ -89,7 +102,7 @@ def calibration_set(
     if exchange.agree(path.exists()):
         return stored_set(path, key, checkpoint)
     exchange.once(lambda: check_new(path))
-    made = spoken_set(recipe, checkpoint, lines, device, num_slots, exchange, report, codec_device)
+    made = spoken_set(recipe, checkpoint, lines, device, num_slots, exchange, report, codec_device, groups_folder)
     return kept_set(made, key, path, exchange)
 
 
@@ -102,6 +115,7 @@ def spoken_set(
     exchange: Exchange,
     report: Report,
     codec_device: torch.device | None = None,
+    groups_folder: Path | None = None,
     wait: Callable[[], None] = lambda: None,
 ) -> CalibrationSet:
     """Let the model speak the calibration set.
@@ -115,6 +129,7 @@ def spoken_set(
         exchange: The processes that share the lines; all get the whole set.
         report: Told of progress.
         codec_device: Where the voices of lines are encoded; None: on the device.
+        groups_folder: Where groups of lines are kept as they are spoken, for a run that is stopped; None: nowhere.
         wait: Called between loading the model and speaking.
 
     Returns:
@@ -134,6 +149,10 @@ def spoken_set(
     model = load_model(checkpoint, device)
     engine = Engine(model, tokenizer, codec, num_slots=num_slots, residual_size=residual_size)
     wait()
+    groups = None
+    if groups_folder is not None:
+        key = _groups_key(recipe, checkpoint, lines, device, num_slots, codec_device)
+        groups = SpokenGroups(folder=groups_folder, key=key)
     return make_sequences(
         engine,
         lines,
@@ -143,7 +162,31 @@ def spoken_set(
         lambda done: report("calibration speech", done, len(lines)),
         exchange.owns_by_size,
         exchange.gather,
+        groups,
     )
+
+
+def _groups_key(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    lines: Sequence[CalibrationLine],
+    device: torch.device,
+    num_slots: int,
+    codec_device: torch.device | None,
+) -> str:
+    """Hash all that the speech of a group depends on, the model by the sizes and times of its files."""
+    about = {file.name: file.stat() for file in hashed_files(checkpoint.folder)}
+    stamps = {name: f"{stat.st_size} bytes, {stat.st_mtime_ns} ns" for name, stat in about.items()}
+    uses_cpu = "cpu" in (device.type, (codec_device or device).type)
+    facts = {
+        "run_version": RUN_VERSION,
+        "calibration_key": calibration_key(lines, recipe.calibration, stamps),
+        "num_slots": num_slots,
+        "device": device_name(device),
+        "num_threads": torch.get_num_threads() if uses_cpu else None,
+        "versions": versions(),
+    }
+    return sha256_text(json.dumps(facts, sort_keys=True))
 
 
 def kept_set(made: CalibrationSet, key: str, path: Path, exchange: Exchange) -> CalibrationSet:

@@ -8,7 +8,7 @@ any moment goes on with `resume`, and ends with the same bytes. Several processe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from s2quant.calibrate.lines import CalibrationLine
 from s2quant.calibrate.sequences import CalibrationSet, calibration_key, save_set
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.checkpoint.writer import MAX_SHARD_BYTES, check_carried
-from s2quant.errors import UserError
+from s2quant.errors import DiskError, OutOfMemory, UserError
 from s2quant.export.calibration import (
     Report,
     calibration_facts,
@@ -43,7 +43,7 @@ from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import check_gptqmodel, warm_up
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.store import RUN_VERSION, StageStore
+from s2quant.quantize.store import RUN_VERSION, SPEECH, StageStore
 from s2quant.recipe import LinearSettings, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.runtime.load import device_name, parse_device
@@ -139,8 +139,7 @@ def quantize_checkpoint(
 
         spoken = None
         if not finished and exchange.once(lambda: _is_fresh(options)):  # nothing that the hashes are compared with
-            where = (device, num_slots, exchange, report, options.codec_device)
-            spoken = spoken_set(recipe, checkpoint, lines, *where, wait)
+            spoken = _spoken(options, recipe, checkpoint, lines, device, num_slots, report, wait)
         wait()
         model_sha256 = exchange.agree({} if hashes is None else hashes.result())
         identity = _identity(recipe, model_sha256, lines, device, num_slots, options.low_memory)
@@ -223,6 +222,27 @@ def _finished_records(out: Path, identity: Mapping[str, Any], exchange: Exchange
     return records
 
 
+def _spoken(
+    options: QuantizeOptions,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    lines: Sequence[CalibrationLine],
+    device: torch.device,
+    num_slots: int,
+    report: Report,
+    wait: Callable[[], None],
+) -> CalibrationSet:
+    """Let the model speak, when nothing is there yet; what cannot be spoken leaves nothing."""
+    exchange, folder = options.exchange, partial_folder(options.out)
+    where = (device, num_slots, exchange, report, options.codec_device, folder / SPEECH)
+    try:
+        return spoken_set(recipe, checkpoint, lines, *where, wait)
+    except UserError as error:
+        if exchange.is_first and folder.exists() and not isinstance(error, DiskError | OutOfMemory):
+            shutil.rmtree(folder)
+        raise
+
+
 def _start(
     options: QuantizeOptions,
     recipe: Recipe,
@@ -240,12 +260,13 @@ def _start(
     elif options.calibration is not None:
         check_new(options.calibration)
     is_new = not folder.exists()
-    store = exchange.once(lambda: StageStore.open(folder, identity, options.resume))
+    goes_on = options.resume or spoken is not None  # whose groups are in the folder
+    store = exchange.once(lambda: StageStore.open(folder, identity, goes_on))
     path = options.calibration or folder / "calibration.safetensors"
     try:
         if spoken is not None:
             return store, kept_set(spoken, key, path, exchange)
-        where = (device, identity["num_slots"], exchange, report, options.codec_device)
+        where = (device, identity["num_slots"], exchange, report, options.codec_device, folder / SPEECH)
         return store, calibration_set(path, recipe, checkpoint, lines, key, *where)
     except UserError:
         if is_new and exchange.is_first:  # nothing is finished, so there is nothing to resume

@@ -1,8 +1,9 @@
 """What a run has finished so far, on disk: one file per stage, so that a stopped run goes on.
 
-The folder `OUT.partial` holds `run.json` (the identity of the run), the calibration set, and for each finished
-stage its packed tensors with the records of its modules. A stage's file appears only when it is complete. Under hidden
-names it holds what is being written; what a killed run left of that is removed when the next one goes on.
+The folder `OUT.partial` holds `run.json` (the identity of the run), the groups of calibration lines that were spoken,
+each with a key of its own, the calibration set, and for each finished stage its packed tensors with the records of its
+modules. A group's or a stage's file appears only when it is complete. Under hidden names it holds what is being
+written; what a killed run left of that is removed when the next one goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from s2quant.quantize.copies import to_host
 
 IDENTITY = "run.json"
 RUN_VERSION = 3  # of what finished stages are and hold; part of what a run must agree in to be gone on with
+SPEECH = "speech"  # the folder of spoken groups
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -167,7 +169,8 @@ class StageStore:
 
 def _remove_unfinished(folder: Path) -> None:
     """Remove what a killed run was in the middle of writing."""
-    for path in [*folder.glob(".*.partial-*"), *(folder / "stages").glob(".*.partial-*")]:
+    places = (folder, folder / "stages", folder / SPEECH)
+    for path in [path for place in places for path in place.glob(".*.partial-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +25,16 @@ from torch import Tensor
 from s2quant.calibrate.sequences import CalibrationSet, calibration_key, make_batches, save_set
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.codec import load_codec
-from s2quant.errors import UserError
+from s2quant.errors import DiskError, OutOfMemory, UserError
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenSequence
 from s2quant.export.calibration import Report, calibration_lines, calibration_set
-from s2quant.export.memory import calibration_slots
+from s2quant.export.memory import calibration_slots, host_peak_bytes, take_peak_bytes
 from s2quant.export.quantized import partial_folder
 from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.store import RUN_VERSION, StageStore
+from s2quant.quantize.store import RUN_VERSION, SPEECH, StageStore
 from s2quant.recipe import BITS, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
@@ -85,6 +86,38 @@ class SensitivityOptions:
     keep_weights: bool = True
 
 
+class Clock:
+    """What a process takes, part by part; one that goes on with a stopped run counts its own share alone."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int | None] = {}
+
+    def stop(self, part: str, device: torch.device) -> None:
+        """End a part; the next one begins.
+
+        Args:
+            part: Its name.
+            device: Where it worked.
+        """
+        now = time.perf_counter()  # results are on the host by then
+        self.seconds[part], self.since = now - self.since, now
+        self.peak_bytes[part] = take_peak_bytes(device)
+
+    def facts(self) -> dict[str, Any]:
+        """Give the manifest's entries.
+
+        Returns:
+            seconds and peak_device_bytes (None on a CPU) by part, and peak_host_bytes.
+        """
+        return {
+            "seconds": self.seconds,
+            "peak_device_bytes": self.peak_bytes,
+            "peak_host_bytes": host_peak_bytes(),
+        }
+
+
 def measure_sensitivity(
     options: SensitivityOptions, report: Report = lambda phase, done, total: None
 ) -> Mapping[str, Any]:
@@ -100,6 +133,7 @@ def measure_sensitivity(
     Raises:
         UserError: Something in the input cannot be used; nothing stands under the final name.
     """
+    clock = Clock()
     finished = options.resume and (options.out / "manifest.json").exists()
     if not finished:
         check_new(options.out)
@@ -134,13 +168,16 @@ def measure_sensitivity(
         calibration = calibration_set(
             options.calibration or folder / "calibration.safetensors",
             recipe, checkpoint, lines, key, device, num_slots, Exchange(), report,
+            groups_folder=folder / SPEECH,
         )  # fmt: skip
         residual_size = min(load_codec(options.model).config.residual_size, checkpoint.config.codebook_size)
         split = split_held(calibration, recipe, checkpoint, residual_size, options.num_held)
-    except UserError:
-        if is_new:  # nothing is finished, so there is nothing to resume
+    except UserError as error:
+        if is_new and not isinstance(error, DiskError | OutOfMemory):  # so that there is nothing to resume
             shutil.rmtree(folder)
         raise
+    clock.stop("calibration", device)
+    num_before = len(store.names())
     model = load_model(checkpoint, device, options.dtype)
     held = hold(model, split.held, residual_size)
     floor = _floor(options, checkpoint, held, device)
@@ -156,12 +193,15 @@ def measure_sensitivity(
         strict=recipe.strict,
     )
     measure_units(job, report)
+    clock.stop("linears", device)
     together = _together(units, options.bits, store, hold(model, split.held, residual_size), report)
     del model
+    clock.stop("combinations", device)
+    took = {"num_measured": len(store.names()) - num_before} | clock.facts()
     table = _table(options, plan, units, left_out, store, identity, split, residual_size)
     table |= {"floor": floor, "together": together}
     report("writing", 0, 1)
-    _write(options, checkpoint, recipe, calibration, store, table, identity, device)
+    _write(options, checkpoint, recipe, calibration, store, table, identity, device, took)
     report("done", 1, 1)
     return table
 
@@ -355,6 +395,7 @@ def _write(
     table: Mapping[str, Any],
     identity: Mapping[str, Any],
     device: torch.device,
+    took: Mapping[str, Any],
 ) -> None:
     record = manifest(
         "sensitivity",
@@ -366,6 +407,7 @@ def _write(
         device_name(device),
         recipe.calibration.seed,
         identity=dict(identity),
+        process=dict(took),
     )
     with atomic_folder(options.out, within=store.folder) as folder:
         write_json(folder / "sensitivity.json", table)

@@ -21,13 +21,14 @@ from s2quant.calibrate.sequences import (
     make_sequences,
     save_set,
 )
+from s2quant.calibrate.spoken import Spoken, SpokenGroups
 from s2quant.errors import UserError
 from s2quant.prompt import build_prompt
 from s2quant.quantize.exchange import Exchange
 from s2quant.recipe import Calibration
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.loading import load_engine
-from s2quant.runtime.speech import Request, Speech
+from s2quant.runtime.speech import Request
 
 LINES = [
     CalibrationLine(id="a", text="Hello there."),
@@ -164,14 +165,14 @@ def test_a_set_does_not_depend_on_who_speaks_which_group(
     engine: Engine, spoken: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequences, "LEAST_GROUPS", 1)  # so that three lines are two groups
-    parts: list[dict[int, Speech]] = []
+    parts: list[dict[int, Spoken]] = []
 
-    def of(rank: int, gather: Callable[[Callable[[], dict[int, Speech]]], dict[int, Speech]]) -> CalibrationSet:
+    def of(rank: int, gather: Callable[[Callable[[], dict[int, Spoken]]], dict[int, Spoken]]) -> CalibrationSet:
         owns = Exchange(rank=rank, world=2).owns_by_size
         settings = replace(SETTINGS, require_end=False)
         return make_sequences(engine, LINES, settings, "key", Path(), owns=owns, gather=gather)
 
-    def kept(speak: Callable[[], dict[int, Speech]]) -> dict[int, Speech]:
+    def kept(speak: Callable[[], dict[int, Spoken]]) -> dict[int, Spoken]:
         parts.append(speak())
         return {index: speech for part in parts for index, speech in part.items()}
 
@@ -180,6 +181,26 @@ def test_a_set_does_not_depend_on_who_speaks_which_group(
     both = of(1, kept)
     assert [len(part) for part in parts] == [2, 1]
     assert all(torch.equal(a, b) for a, b in zip(both.sequences, spoken.sequences, strict=True))
+
+
+def test_groups_are_kept_under_their_key(tmp_path: Path) -> None:
+    groups = SpokenGroups(folder=tmp_path / "speech", key="one")
+    whole = {
+        3: Spoken(codes=torch.arange(20).reshape(10, 2), batch_frames=(1, 1), stop_reason="end"),
+        1: Spoken(codes=torch.zeros(10, 0, dtype=torch.int64), batch_frames=(0,), stop_reason="limit"),
+    }
+    assert groups.load(7, whole) is None
+    groups.save(7, whole)
+    found = groups.load(7, [1, 3])
+    assert found is not None and list(found) == [1, 3]
+    for line, one in found.items():
+        assert torch.equal(one.codes, whole[line].codes) and one.codes.dtype == torch.int64
+        assert (one.batch_frames, one.stop_reason) == (whole[line].batch_frames, whole[line].stop_reason)
+    assert groups.load(7, [1, 2]) is None
+    assert replace(groups, key="another").load(7, whole) is None
+    file = groups.folder / "00007.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert groups.load(7, whole) is None
 
 
 def test_sequences_of_several_batches_are_filled_with_what_comes_next(engine: Engine) -> None:

@@ -186,7 +186,15 @@ def test_a_stopped_run_ends_with_the_same_bytes(measured: Path, tiny_folder: Pat
         measure(tiny_folder, out, report=late, resume=True)
     table = measure(tiny_folder, out, resume=True)
     assert listing(out) == listing(measured)
-    for path in (path for path in out.rglob("*") if path.is_file()):
+    told = [read_json(folder / "manifest.json") for folder in (out, measured)]
+    took = [manifest.pop("process") for manifest in told]
+    assert told[0] == told[1]
+    num_candidates = sum(len(unit["candidates"]) for unit in table["units"])
+    assert [one["num_measured"] for one in took] == [0, num_candidates]
+    for one in took:
+        assert set(one["seconds"]) == set(one["peak_device_bytes"]) == {"calibration", "linears", "combinations"}
+        assert min(one["seconds"].values()) > 0 and one["peak_host_bytes"] > 1e8
+    for path in (path for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"):
         assert path.read_bytes() == (measured / path.relative_to(out)).read_bytes(), path
     assert table == read_json(measured / "sensitivity.json")
     assert listing(tmp_path) == {"run"} | {f"run/{name}" for name in listing(measured)}

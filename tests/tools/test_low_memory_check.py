@@ -28,7 +28,7 @@ def made(tmp_path, monkeypatch):
 def test_two_goes_end_as_one(made, capsys):
     assert low_memory_check.main(words(made, "--sequences", 3, "--stages", 2)) == 0
     found = json.loads((made / "out" / "low_memory.json").read_text("utf-8"))
-    assert found["killed"]["status"] is None and 2 <= found["killed"]["stages"] < 6
+    assert found["killed"]["status"] is None and 2 <= found["killed"]["done"] < 6
     assert found["gone_on"]["status"] == 0 and found["unequal"] == [] and found["low_memory"] is True
     assert found["peak_host_bytes"] > 0 and found["device"]
 
@@ -38,6 +38,16 @@ def test_two_goes_end_as_one(made, capsys):
     tensors[name][0, 0] += 1
     save_file(tensors, path, {"format": "pt"})
     assert low_memory_check.unequal(made / "work" / "w4a16", made / "work" / "low-memory") == [name]
+
+
+def test_three_goes_that_speak_end_as_one(made, capsys):
+    more = ("--sequences", 8, "--stages", 2, "--groups", 2)
+    assert low_memory_check.main(words(made, *more, "--seconds", 0)) == 1  # cut off
+    assert low_memory_check.main(words(made, *more, "--go-on")) == 0
+    found = json.loads((made / "out" / "low_memory.json").read_text("utf-8"))
+    assert found["killed_speaking"]["status"] is found["killed"]["status"] is None
+    assert 2 <= found["killed_speaking"]["done"] < 4 and 2 <= found["killed"]["done"] < 6
+    assert found["gone_on"]["status"] == found["again"]["status"] == 0 and found["unequal"] == []
 
 
 def test_a_run_that_was_not_killed_shows_nothing(made, capsys):
