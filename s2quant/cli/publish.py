@@ -13,7 +13,10 @@ def add(commands: Any) -> None:
     command = commands.add_parser("publish", help="prepare a checkpoint for a model hub; uploads only with --push")
     command.set_defaults(run=_publish)
     command.add_argument("model", type=Path, metavar="DIR", help="a checkpoint folder, or one prepared before")
-    command.add_argument("--eval", type=Path, metavar="RUN", help="folder of an evaluation: its table goes on the card")
+    command.add_argument(
+        "--eval", type=Path, metavar="RUN",
+        help="folder of an evaluation of DIR, or of what DIR was exported from: its table goes on the card",
+    )  # fmt: skip
     command.add_argument("--repo", metavar="OWNER/NAME", help="the repository on the hub")
     command.add_argument("--out", type=Path, metavar="DIR", help="the folder to make (default: DIR.hub)")
     command.add_argument(

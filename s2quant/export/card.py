@@ -103,14 +103,25 @@ median {{ "%.4f" | format(median) }}, worst {{ "%.4f" | format(worst) }} ({{ wor
 round-to-nearest on the same rows: median {{ "%.4f" | format(median_rtn) }}.
 This is no measure of speech: `s2quant eval` compares speech.
 {% endif %}
-## How it was made
+{{ made }}"""
 
-Recipe `{{ recipe_name }}` (sha256 {{ recipe_sha }}) of s2quant, kept beside the weights in `s2quant/recipe.yaml`;
-calibration: {{ calibration }}. `manifest.json` names versions, device, seed and the hashes of all inputs.
 
-```yaml
-{{ recipe_text }}```
-"""
+def how_made(name: str, sha256: str, text: str, more: str) -> str:
+    """Write the section on the recipe.
+
+    Args:
+        name: Of the recipe.
+        sha256: Of its text.
+        text: The recipe.
+        more: What else is known: a sentence or several.
+
+    Returns:
+        Markdown.
+    """
+    return (
+        f"## How it was made\n\nRecipe `{name}` (sha256 {sha256}) of s2quant, kept beside the weights in "
+        f"`s2quant/recipe.yaml`;\n{more}\n\n```yaml\n{text.removesuffix(chr(10))}\n```\n"
+    )
 
 
 def model_card(
@@ -159,10 +170,12 @@ def model_card(
         median_rtn=_median(rtn),
         worst=errors.get(worst),
         worst_name=worst,
-        recipe_name=plan.recipe.name,
-        recipe_sha=plan.recipe.sha256,
-        recipe_text=plan.recipe.text if plan.recipe.text.endswith("\n") else plan.recipe.text + "\n",
-        calibration=calibration,
+        made=how_made(
+            plan.recipe.name,
+            plan.recipe.sha256,
+            plan.recipe.text,
+            f"calibration: {calibration}. `manifest.json` names versions, device, seed and the hashes of all inputs.",
+        ),
     )
     return str(ModelCard(text))
 

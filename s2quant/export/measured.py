@@ -29,17 +29,19 @@ class Row:
     cells: tuple[str, ...]
 
 
-def measured_table(results: Mapping[str, Any]) -> str:
+def measured_table(results: Mapping[str, Any], note: str = "") -> str:
     """Write the figures as a table in markdown.
 
     Args:
         results: The object in results.json.
+        note: What must be known of them first; a sentence.
 
     Returns:
-        Suite, table and verdict.
+        Note, suite, table and verdict.
     """
     suite = results["suite"]
     lines = [
+        *([note, ""] if note else []),
         f"Suite {suite['name']} version {suite['version']}, {suite['num_utterances']} utterances, "
         f"seeds {', '.join(map(str, suite['seeds']))}; the baseline spoke in the same runtime.",
         "",

@@ -7,7 +7,9 @@
   names. s2quant itself does not read this layout.
 - sglang-omni: the native tensors, and a configuration that also speaks of its fused gate and up.
 
-Whatever the profile, the folder is opened again and every module compared with the source.
+Whatever the profile, the folder is opened again and every module compared with the source. The recipe goes along, and
+the source's manifest stands in the export's own; the calibration set does not: an engine's downloader would take it for
+weights.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ from s2quant.checkpoint.reader import PACKED, Checkpoint, Module, open_checkpoin
 from s2quant.checkpoint.streamed import StreamedShards, packed_entries
 from s2quant.checkpoint.writer import ShardWriter, carry_files, check_carried
 from s2quant.errors import UserError, VerificationError
-from s2quant.export.card import licence_of
+from s2quant.export.card import how_made, licence_of
 from s2quant.export.config_files import describe_modules, merged_config
 from s2quant.export.engines import ENGINES, engine_config, engine_notes, read_packings, split_names
+from s2quant.export.quantized import DETAILS
 from s2quant.export.tensors import Convert, dequantized, is_split, packed, split
-from s2quant.export.verify import carried_faults
-from s2quant.files import atomic_folder, check_new, read_json, write_json
+from s2quant.export.verify import carried_faults, hash_faults
+from s2quant.files import atomic_folder, check_new, read_json, read_text, sha256_text, write_json
 from s2quant.packing import QuantizedWeight, unpack
-from s2quant.records import folder_hashes, manifest
+from s2quant.records import folder_hashes, input_facts, made_by, manifest, read_manifest
 
 Profile = Literal["native", "bf16", "vllm-omni", "sglang-omni"]
 
@@ -47,20 +50,35 @@ class Layout:
     Args:
         convert: What becomes of a packed module.
         what: One sentence about it.
+        weights: How its weights and those of the source go together, for a card that has the source's figures.
     """
 
     convert: Convert
     what: str
+    weights: str
 
 
 PROFILES: Mapping[str, Layout] = {
-    "native": Layout(convert=packed, what="GPTQ-packed, in the layout of the original checkpoint."),
+    "native": Layout(
+        convert=packed,
+        what="GPTQ-packed, in the layout of the original checkpoint.",
+        weights="the same weights, written anew in the layout of the original checkpoint",
+    ),
     "bf16": Layout(
         convert=dequantized,
         what="Dequantized to bfloat16 under the original names, so that any engine of the original can load it.",
+        weights="the same weights, here dequantized to bfloat16",
     ),
-    "vllm-omni": Layout(convert=split, what="GPTQ-packed, q, k and v apart, as vllm-omni loads it."),
-    "sglang-omni": Layout(convert=packed, what="GPTQ-packed under the original names, as sglang-omni loads it."),
+    "vllm-omni": Layout(
+        convert=split,
+        what="GPTQ-packed, q, k and v apart, as vllm-omni loads it.",
+        weights="the same weights in another layout; vllm-omni itself was not measured",
+    ),
+    "sglang-omni": Layout(
+        convert=packed,
+        what="GPTQ-packed under the original names, as sglang-omni loads it.",
+        weights="the same weights in another layout; sglang-omni itself was not measured",
+    ),
 }
 
 
@@ -86,17 +104,45 @@ def export_checkpoint(model: Path, out: Path, profile: Profile) -> list[str]:
     check_carried(model)
     quantization = _quantization(checkpoint, profile)
     notes = engine_notes(profile, quantization or {}) if profile in ENGINES else []
+    hashes = folder_hashes(model)
+    source, recipe, lost = _origin(model, hashes)
+    notes += lost
     with atomic_folder(out) as folder:
         _write_shards(folder, checkpoint, PROFILES[profile].convert)
         carry_files(model, folder)
         write_json(folder / "config.json", merged_config(checkpoint.config.raw, quantization))
         if quantization is not None:
             write_json(folder / "quantize_config.json", quantization)
-        (folder / "README.md").write_text(_readme(model, profile, notes), encoding="utf-8")
-        record = manifest("export", {"model": folder_hashes(model)}, "cpu", None, profile=profile)
+        made = "" if recipe is None else f"\n{_carry_recipe(recipe, source, folder)}"
+        (folder / "README.md").write_text(_readme(model, profile, notes) + made, encoding="utf-8")
+        record = manifest("export", {"model": hashes}, "cpu", None, profile=profile, source=source or None)
         write_json(folder / "manifest.json", record | {"files_sha256": folder_hashes(folder)})
         _verify(folder, checkpoint, profile)
     return notes
+
+
+def _origin(model: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Read the source's manifest and recipe, neither if they are not those of its files, and what to say of that."""
+    source = read_manifest(model)
+    faults = hash_faults(source, hashes)
+    if faults:
+        return {}, None, [f"does not say how it was made, as the source has changed since: {'; '.join(faults)}"]
+    path, known = model / DETAILS / "recipe.yaml", input_facts(made_by(source), "recipe").get("sha256")
+    if known is None or not path.is_file():
+        return source, None, []
+    recipe = read_text(path)
+    if sha256_text(recipe) == known:
+        return source, recipe, []
+    return source, None, ["has no recipe, as that of the source is not the one that its manifest.json has the hash of"]
+
+
+def _carry_recipe(recipe: str, source: Mapping[str, Any], folder: Path) -> str:
+    """Write the recipe into a folder, and give the card's section on it."""
+    (folder / DETAILS).mkdir()
+    (folder / DETAILS / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    facts = input_facts(made_by(source), "recipe")
+    more = "what else it was made from, versions, device and seed are in `manifest.json`, under `source`."
+    return how_made(str(facts.get("name")), str(facts.get("sha256")), recipe, more)
 
 
 def _quantization(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Prepare a checkpoint folder for a model hub: a card with measured figures, everything else as it is, and upload it.
 
 Figures come from an evaluation's results.json; a figure that was not measured is not written. Without figures the
-card says so. Nothing is uploaded unless asked for. A folder that was prepared says so in its manifest.json and is
-uploaded as it stands, so that its card can be edited first.
+card says so. Those of the folder that an export was made from are given with a sentence that says so, and stay out of
+the hub's own table, which has no room for it. Nothing is uploaded unless asked for. A folder that was prepared says so
+in its manifest.json and is uploaded as it stands, so that its card can be edited first.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from huggingface_hub.utils import validate_repo_id
 from s2quant.errors import UserError
 from s2quant.export.card import FISH, Licence, licence_of
 from s2quant.export.measured import eval_results, measured_table
-from s2quant.export.publish_checks import CARDS, checked_hashes, other_files, read_manifest, read_results
+from s2quant.export.publish_checks import checked_hashes, other_files, read_results
+from s2quant.export.verify import CARDS
 from s2quant.files import atomic_folder, check_new, read_text, sha256_file, write_json
-from s2quant.records import manifest
+from s2quant.records import manifest, read_manifest
 
 MARK = "hub"  # key of a prepared folder's manifest.json
 LARGE = (".safetensors", ".pth")  # weights and codec
@@ -68,13 +70,14 @@ def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -
     if model.resolve() in out.resolve().parents:
         raise UserError(f"{out} lies in {model}", "a folder outside the one that is published", "name another --out")
     hashes = checked_hashes(model)
-    results = None if evaluation is None else read_results(evaluation, model, hashes)
+    results, note = (None, "") if evaluation is None else read_results(evaluation, model, hashes)
     readme = model / "README.md"
     terms = licence_of(model)
-    card = hub_card(read_text(readme) if readme.is_file() else "", model.absolute().name, results, terms)
+    card = hub_card(read_text(readme) if readme.is_file() else "", model.absolute().name, results, terms, note)
     said = "".join(f"{name}: {value}\n" for name, value in terms.fields.items())
     record = read_manifest(model) or manifest("publish", {"model": hashes}, "cpu", None)
-    record["files_sha256"] = {name: value for name, value in hashes.items() if name not in CARDS}
+    named = record.get("files_sha256", {}) if record.get("stage") == "export" else hashes  # others it did not write
+    record["files_sha256"] = {name: value for name, value in hashes.items() if name in named and name not in CARDS}
     record[MARK] = {"results_sha256": _results_sha256(evaluation)}
 
     def take(source: str, target: str) -> str:
@@ -176,7 +179,7 @@ def push(upload: Upload, api: HfApi | None = None) -> str:
     return str(commit)
 
 
-def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: Licence = FISH) -> str:
+def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: Licence = FISH, note: str = "") -> str:
     """Put licence, base model and the measured table into a model card; an earlier table is replaced.
 
     Args:
@@ -184,6 +187,8 @@ def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: L
         name: Name of the model.
         results: The object in results.json, or None.
         licence: Of the weights.
+        note: That the figures are those of another folder with the same weights; a sentence. They are then left out
+            of the metadata.
 
     Returns:
         README.md with its metadata block.
@@ -196,9 +201,9 @@ def hub_card(text: str, name: str, results: Mapping[str, Any] | None, licence: L
     known = ModelCard(text, ignore_metadata_errors=True).data.to_dict() if text else {}
     known.pop("model-index", None)
     fields = known | dict(licence.fields) | {"pipeline_tag": "text-to-speech"}
-    evaluated = {} if results is None else {"model_name": name, "eval_results": eval_results(results)}
+    evaluated = {} if results is None or note else {"model_name": name, "eval_results": eval_results(results)}
     data = ModelCardData(**fields, **evaluated)
-    measured = "Speech was not measured." if results is None else measured_table(results)
+    measured = "Speech was not measured." if results is None else measured_table(results, note)
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{START}\n## Measured\n\n{measured}\n{END}\n"
 
 

@@ -1,6 +1,8 @@
-"""What is refused before a folder is published: a broken one, an engine's export, another model's evaluation.
+"""What is refused before a folder is published: a broken one, another model's evaluation.
 
-The files themselves are hashed; what a manifest says of them is compared, not believed.
+The files themselves are hashed; what a manifest says of them is compared, not believed. Two things only an export's
+manifest can say, and only of files that are as it wrote them: which folder it was made from, whose figures are then
+its own, and that a layout which s2quant does not read was compared with that folder, value by value.
 """
 
 from __future__ import annotations
@@ -12,14 +14,13 @@ from typing import Any
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError, shorten_list
 from s2quant.export.measured import measured_rows
-from s2quant.export.profiles import PROFILES
+from s2quant.export.profiles import PROFILES, Layout
 from s2quant.export.tensors import split
-from s2quant.export.verify import inspect_folder
+from s2quant.export.verify import hash_faults, inspect_folder
 from s2quant.files import read_json, sha256_file, side_by_side
-from s2quant.records import folder_hashes
+from s2quant.records import folder_hashes, input_facts, read_manifest
 
 RESULTS_VERSION = 1
-CARDS = ("README.md", "NOTICE")  # written or edited on the way to the hub, so no hash of them is kept
 _MODEL_SUFFIXES = (".safetensors", ".json", ".pth", ".jinja")
 
 
@@ -35,44 +36,30 @@ def is_model_file(name: str) -> bool:
     return name.endswith(_MODEL_SUFFIXES) and not name.startswith(".") and name != "manifest.json"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest.
+def is_readable(record: Mapping[str, Any]) -> bool:
+    """Tell the layouts that s2quant reads from an export's in one that only another engine does.
 
     Args:
-        folder: The folder.
+        record: A folder's manifest.
 
     Returns:
-        The object; empty where there is none.
-
-    Raises:
-        UserError: The file is no JSON object.
+        Whether s2quant can read the folder.
     """
-    path = folder / "manifest.json"
-    return read_json(path) if path.is_file() else {}
+    layout = _layout(record)
+    return layout is None or layout.convert is not split
 
 
-def check_layout(folder: Path) -> None:
-    """Refuse an export whose layout only another engine reads.
-
-    Args:
-        folder: A checkpoint folder.
-
-    Raises:
-        UserError: It is one.
-    """
-    record = read_manifest(folder)
+def _layout(record: Mapping[str, Any]) -> Layout | None:
+    """Name the layout of an export; None for what is none."""
     profile = record.get("profile")
-    layout = PROFILES.get(profile) if record.get("stage") == "export" and isinstance(profile, str) else None
-    if layout is not None and layout.convert is split:
-        raise UserError(
-            f"{folder} is an export for an engine, profile {profile}, which s2quant itself does not read",
-            "a checkpoint folder in the layout of the original",
-            "publish the folder that it was exported from",
-        )
+    return PROFILES.get(profile) if record.get("stage") == "export" and isinstance(profile, str) else None
 
 
 def checked_hashes(folder: Path) -> dict[str, str]:
     """Hash a folder's files, compare them with its manifest, and look at every value as `s2quant inspect` does.
+
+    Values in a layout that s2quant does not read are not looked at: every file has to be the one that was compared with
+    the source when it was exported.
 
     Args:
         folder: A checkpoint folder.
@@ -81,21 +68,15 @@ def checked_hashes(folder: Path) -> dict[str, str]:
         sha256 by name, see `folder_hashes`.
 
     Raises:
-        UserError: There is no such folder, it is an export for an engine, or anything in it is wrong; every fault is
-            listed.
+        UserError: There is no such folder, or anything in it is wrong; every fault is listed.
     """
-    check_layout(folder)
-    faults = list(inspect_folder(folder).faults)
+    record = read_manifest(folder)
+    faults = list(inspect_folder(folder).faults) if is_readable(record) else []
     hashes = folder_hashes(folder)
-    known = read_manifest(folder).get("files_sha256", {})
-    if not isinstance(known, Mapping):
-        faults.append("manifest.json: files_sha256 is no JSON object")
-        known = {}
-    for name in sorted(known.keys() - set(CARDS)):
-        if name not in hashes:
-            faults.append(f"{name} is in manifest.json, but not in the folder")
-        elif hashes[name] != known[name]:
-            faults.append(f"{name} is not the file that manifest.json has the hash of")
+    faults += hash_faults(record, hashes)
+    if not is_readable(record):
+        unknown = sorted(_model_files(hashes).keys() - _model_files(record.get("files_sha256")).keys())
+        faults += [f"{name} is not in manifest.json, and s2quant cannot read this layout" for name in unknown]
     if faults:
         raise UserError(
             f"checkpoint {folder}:\n{shorten_list(faults)}",
@@ -119,8 +100,8 @@ def other_files(model: Path, out: Path, hashes: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: The source is no checkpoint folder.
     """
-    check_layout(model)
-    open_checkpoint(model)
+    if is_readable(read_manifest(model)):
+        open_checkpoint(model)
     here = {path.name for path in model.iterdir() if path.is_file()}
     names = sorted(filter(is_model_file, here | set(hashes)))
 
@@ -133,8 +114,8 @@ def other_files(model: Path, out: Path, hashes: Mapping[str, str]) -> list[str]:
     return [name for name, other in zip(names, side_by_side(is_other, names), strict=True) if other]
 
 
-def read_results(evaluation: Path, model: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Read an evaluation and refuse one that was measured on other files than these.
+def read_results(evaluation: Path, model: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Read an evaluation and refuse one that was measured on other files than these, or those they were exported from.
 
     Args:
         evaluation: Its folder.
@@ -142,7 +123,7 @@ def read_results(evaluation: Path, model: Path, hashes: Mapping[str, str]) -> di
         hashes: sha256 of the files in it.
 
     Returns:
-        The object in results.json.
+        The object in results.json, and what a card must say of its figures: a sentence where they are the source's.
 
     Raises:
         UserError: It cannot be used, measured another model, or does not say which.
@@ -157,22 +138,39 @@ def read_results(evaluation: Path, model: Path, hashes: Mapping[str, str]) -> di
             "evaluate again with this s2quant",
         )
     inputs = (found.get("provenance") or {}).get("inputs") or {}
-    here = {name: sha for name, sha in hashes.items() if is_model_file(name)}
-    there = {name: sha for name, sha in (inputs.get("model") or {}).items() if is_model_file(name)}
+    here, there = _model_files(hashes), _model_files(inputs.get("model"))
     if not there:
         raise UserError(
             f"{path} holds no hashes of the model that it measured, so nothing says that it is {model}",
             "an evaluation with the hashes of its model's files",
             "evaluate this checkpoint with `s2quant eval`",
         )
+    record = read_manifest(model)
+    layout, source = _layout(record), _source_files(record, here)
+    if layout is not None and there == source != here:
+        return found, (
+            f"Measured by s2quant on the folder that this one was exported from: {layout.weights}. "
+            "`manifest.json` has the hashes of both."
+        )
     other = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if other:
-        base = inputs.get("baseline") or {}
-        is_base = here == {name: sha for name, sha in base.items() if is_model_file(name)}
+        is_base = here == _model_files(inputs.get("baseline"))
         raise UserError(
             f"{evaluation} measured another model than {model}{', its baseline' if is_base else ''}: "
             f"{', '.join(other)} {'differs' if len(other) == 1 else 'differ'}",
-            "an evaluation of this very checkpoint",
+            f"an evaluation of this very checkpoint{', or of the one it was exported from' if source else ''}",
             "name the right --eval, or evaluate this checkpoint",
         )
-    return found
+    return found, ""
+
+
+def _model_files(hashes: Any) -> dict[str, str]:
+    """Keep the hashes of model files."""
+    return {name: sha for name, sha in hashes.items() if is_model_file(name)} if isinstance(hashes, Mapping) else {}
+
+
+def _source_files(record: Mapping[str, Any], here: Mapping[str, str]) -> dict[str, str]:
+    """Give the hashes of an export's source; none unless every file here is as the export wrote it."""
+    written = record.get("files_sha256") if record.get("stage") == "export" else None
+    is_as_written = isinstance(written, Mapping) and here == _model_files(written)
+    return _model_files(input_facts(record, "model")) if is_as_written else {}

@@ -27,6 +27,8 @@ from s2quant.prompt import Tokenizer
 from s2quant.quantize.keeping import weight_sha256
 from s2quant.quantize.plan import Plan
 
+CARDS = ("README.md", "NOTICE")  # written or edited on the way to the hub, so no hash of them is kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
@@ -107,6 +109,28 @@ def inspect_folder(folder: Path, values: bool = True) -> Inspection:
         num_bytes=sum(entry.num_bytes for entry in found.entries.values()),
         faults=tuple(faults),
     )
+
+
+def hash_faults(record: Mapping[str, Any], hashes: Mapping[str, str]) -> list[str]:
+    """Compare a folder's files with what its manifest says of them.
+
+    Args:
+        record: The manifest.
+        hashes: sha256 of the files that are there.
+
+    Returns:
+        One sentence per file that is missing or differs; files that the manifest does not name are let pass.
+    """
+    known = record.get("files_sha256", {})
+    if not isinstance(known, Mapping):
+        return ["manifest.json: files_sha256 is no JSON object"]
+    faults = []
+    for name in sorted(known.keys() - set(CARDS)):
+        if name not in hashes:
+            faults.append(f"{name} is in manifest.json, but not in the folder")
+        elif hashes[name] != known[name]:
+            faults.append(f"{name} is not the file that manifest.json has the hash of")
+    return faults
 
 
 def _fault_of(check: Any) -> list[str]:

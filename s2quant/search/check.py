@@ -8,7 +8,7 @@ another size a line has another seed, and so other frames.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from s2quant.evaluate.tokens import TokenSequence
 from s2quant.export.calibration import Report, num_held_out
 from s2quant.export.quantized import DETAILS
 from s2quant.recipe import load_recipe
+from s2quant.records import input_facts, made_by, read_manifest
 from s2quant.runtime.load import load_model
 from s2quant.search.damage import Held, measure_model
 from s2quant.search.table import Sensitivity
@@ -69,6 +70,35 @@ def check_sizes(table: Sensitivity, folder: Path) -> None:
         )
 
 
+def check_origin(table: Sensitivity, folder: Path) -> None:
+    """Refuse a folder whose manifest says that it was made from other weights than those that were measured.
+
+    Args:
+        table: What was measured.
+        folder: The folder; one that does not say what it was made from passes.
+
+    Raises:
+        UserError: It was made from other weights, or its manifest cannot be read.
+    """
+    made_from = input_facts(made_by(read_manifest(folder)), "model")
+    ours, theirs = _weights(table.raw["model"]["sha256"]), _weights(made_from.get("sha256"))
+    other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if ours and theirs and other:
+        raise UserError(
+            f"{folder} was made from another model ({made_from.get('folder')}) than the one that was measured:\n"
+            f"{shorten_list([f'{name} is another file, by the hash in manifest.json' for name in other])}",
+            f"a folder that was made from {table.raw['model']['folder']}",
+            "leave it out of --check, or measure its own bf16 checkpoint with `s2quant sensitivity`",
+        )
+
+
+def _weights(hashes: Any) -> dict[str, str]:
+    """Keep the hashes of weights: other files change no answer, or, as config.json does, are looked at by value."""
+    if not isinstance(hashes, Mapping):
+        return {}
+    return {name: sha for name, sha in hashes.items() if name.endswith(".safetensors")}
+
+
 def _sizes(config: S2Config) -> dict[str, Any]:
     """Name what a config says of a model, but for how long a sequence may be, which changes no answer."""
     parts = {"text_config": config.slow, "audio_decoder_config": config.fast}
@@ -83,7 +113,7 @@ def check_folder(table: Sensitivity, folder: Path, held: Held, report: Report) -
 
     Args:
         table: What was measured.
-        folder: The folder, one that `check_sizes` lets pass.
+        folder: The folder, one that `check_sizes` and `check_origin` let pass.
         held: The bf16 model's answers.
         report: Told of progress.
 

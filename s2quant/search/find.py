@@ -24,7 +24,7 @@ from s2quant.quantize.plan import make_plan
 from s2quant.recipe import Rule, load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model, parse_device
-from s2quant.search.check import Checked, check_folder, check_sizes
+from s2quant.search.check import Checked, check_folder, check_origin, check_sizes
 from s2quant.search.curve import make_curve, named_points, write_curve
 from s2quant.search.damage import Held, hold
 from s2quant.search.evidence import Found, evidence
@@ -92,6 +92,7 @@ def search(
     solution = None if options.out is None else _solve(options, table, items)
     for folder in options.check:
         check_sizes(table, folder)
+        check_origin(table, folder)
     held = None if options.model is None else _hold(table, options.model, options.device, report)
     points = list(walk(items, table.fixed_bytes))
     named = named_points(table, points)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folder_cases import SINGLE, W2, WQKV, change_json, change_tensors, link_copy, to_v2
+from folder_cases import REPOSITORY, SINGLE, W2, WQKV, change_json, change_tensors, link_copy, replace_bytes, to_v2
 from safetensors.torch import load_file
 
 from s2quant.checkpoint.reader import open_checkpoint
@@ -53,7 +53,6 @@ def test_bf16_has_the_original_names_dtypes_and_config(bf16: Path, tiny_folder: 
     assert read_json(bf16 / "config.json") == tiny_config()
     assert list(read_json(bf16 / "config.json")) == list(tiny_config())
     assert not (bf16 / "quantize_config.json").exists()
-    assert not (bf16 / "s2quant").exists()
     for name in CARRIED:
         assert (bf16 / name).read_bytes() == (tiny_folder / name).read_bytes()
     assert inspect_folder(bf16).faults == ()
@@ -94,6 +93,49 @@ def test_native_of_our_own_is_the_same_file(tiny_quantized: Path, tmp_path: Path
     assert (record["stage"], record["profile"]) == ("export", "native")
     assert record["inputs"]["model"] == before
     assert record["files_sha256"] == after
+
+
+@pytest.mark.parametrize("profile", ["native", "bf16", "vllm-omni", "sglang-omni"])
+def test_recipe_and_manifest_go_along(tiny_quantized: Path, tmp_path: Path, profile: profiles.Profile) -> None:
+    export_checkpoint(tiny_quantized, tmp_path / "out", profile)
+    recipe = (REPOSITORY / "recipes" / "tiny-w4a16.yaml").read_text("utf-8")
+    assert [path.name for path in (tmp_path / "out" / "s2quant").iterdir()] == ["recipe.yaml"]
+    assert (tmp_path / "out" / "s2quant" / "recipe.yaml").read_text("utf-8") == recipe
+    record, source = read_json(tmp_path / "out" / "manifest.json"), read_json(tiny_quantized / "manifest.json")
+    assert record["source"] == source
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"Recipe `tiny-w4a16` (sha256 {source['inputs']['recipe']['sha256']})" in card
+    assert f"```yaml\n{recipe}```\n" in card and "`manifest.json`, under `source`" in card
+
+
+def test_recipe_of_an_export_of_an_export(tiny_quantized: Path, tmp_path: Path) -> None:
+    export_checkpoint(tiny_quantized, tmp_path / "one", "sglang-omni")
+    export_checkpoint(tmp_path / "one", tmp_path / "two", "bf16")
+    names = ("s2quant/recipe.yaml", "README.md")
+    recipe, card = ((tmp_path / "two" / name).read_text("utf-8") for name in names)
+    assert f"```yaml\n{recipe}```\n" in card and "Recipe `tiny-w4a16` (sha256" in card
+
+
+def test_nothing_is_said_of_how_changed_weights_were_made(packed: Path, tmp_path: Path) -> None:
+    recipe = packed / "s2quant" / "recipe.yaml"
+    text = recipe.read_bytes()
+    replace_bytes(recipe, text + b"# edited\n")
+    (note,) = export_checkpoint(packed, tmp_path / "edited", "native")
+    assert note.startswith("has no recipe, as that of the source is not the one")
+    assert read_json(tmp_path / "edited" / "manifest.json")["source"]["stage"] == "quantize"
+    replace_bytes(recipe, text)
+    change_tensors(packed, to_v2)
+    (note,) = export_checkpoint(packed, tmp_path / "changed", "native")
+    assert "source has changed since: model.safetensors is not the file that manifest.json has the hash of" in note
+    assert read_json(tmp_path / "changed" / "manifest.json")["source"] is None
+    for name in ("edited", "changed"):
+        assert not (tmp_path / name / "s2quant").exists()
+        card = (tmp_path / name / "README.md").read_text("utf-8")
+        assert "source has changed since" in card or "It has no recipe" in card
+        assert "How it was made" not in card
+    (packed / "manifest.json").unlink()
+    assert export_checkpoint(packed, tmp_path / "unknown", "native") == []
+    assert not (tmp_path / "unknown" / "s2quant").exists()
 
 
 def test_native_of_v2_zeros_and_bf16_scales(packed: Path, tmp_path: Path) -> None:

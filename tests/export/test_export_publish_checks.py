@@ -1,4 +1,4 @@
-"""What `publish` refuses: figures of another model, a broken folder, an engine's export."""
+"""What `publish` refuses: figures of another model, a broken folder; and what an export has from its source."""
 
 import json
 import sys
@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 from folder_cases import NORM, REPOSITORY, SINGLE, WQKV, change_json, change_tensors, link_copy, replace_bytes
+from huggingface_hub import HfApi, ModelCard
 
 sys.path.append(str(REPOSITORY / "tests" / "report"))
 import sample
 
 from s2quant.cli import main
 from s2quant.errors import UserError
-from s2quant.export.profiles import export_checkpoint
-from s2quant.export.publish import prepare
+from s2quant.export.profiles import Profile, export_checkpoint
+from s2quant.export.publish import START, prepare
 from s2quant.export.publish_checks import is_model_file
 from s2quant.records import folder_hashes
 
@@ -114,15 +115,83 @@ def test_a_broken_folder_is_refused(damage: Callable[[Path], None], fault: str, 
     assert not (tmp_path / "copy.hub").exists()
 
 
-def test_an_export_for_an_engine_is_one_message(tiny_quantized: Path, tmp_path: Path) -> None:
-    exported = tmp_path / "exported"
-    export_checkpoint(tiny_quantized, exported, "vllm-omni")
-    with pytest.raises(UserError, match="profile vllm-omni") as refused:
-        prepare(exported, tmp_path / "hub", None, None)
-    assert str(refused.value).count("\n") == 2 and "the folder that it was exported from" in refused.value.todo
+EXPORTS: dict[Profile, str] = {
+    "bf16": "the same weights, here dequantized to bfloat16",
+    "vllm-omni": "the same weights in another layout; vllm-omni itself was not measured",
+    "sglang-omni": "the same weights in another layout; sglang-omni itself was not measured",
+}
 
 
-def test_other_exports_are_published(tiny_quantized: Path, tmp_path: Path) -> None:
-    export_checkpoint(tiny_quantized, tmp_path / "exported", "bf16")
-    prepare(tmp_path / "exported", tmp_path / "hub", None, None)
-    assert (tmp_path / "hub" / SINGLE).is_file()
+@pytest.fixture(scope="module")
+def exports(tiny_quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an export of the quantized folder in each of EXPORTS; read only."""
+    folder = tmp_path_factory.mktemp("exports")
+    for profile in EXPORTS:
+        export_checkpoint(tiny_quantized, folder / profile, profile)
+    return folder
+
+
+@pytest.mark.parametrize("profile", EXPORTS)
+def test_an_export_has_recipe_and_figures_of_its_source(profile: Profile, exports: Path, tiny_quantized: Path,
+                                                        tmp_path: Path, evaluated: Callable[..., Path],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(HfApi, "create_repo", lambda *a, **k: None)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *a, **k: "commit")
+    words = ["publish", str(exports / profile), "--eval", str(evaluated({})), "--out", str(tmp_path / "hub")]
+    assert main(words) == 0
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    sentence = f"Measured by s2quant on the folder that this one was exported from: {EXPORTS[profile]}. "
+    assert card.text.index(START) < card.text.index(sentence) < card.text.index("| WER (corpus) |")
+    assert card.data.eval_results is None  # the hub's table says of every figure that it is this folder's
+    recipe = (tiny_quantized / "s2quant" / "recipe.yaml").read_text("utf-8")
+    assert f"```yaml\n{recipe}```" in card.text
+    assert (tmp_path / "hub" / "s2quant" / "recipe.yaml").read_text("utf-8") == recipe
+    record = json.loads((tmp_path / "hub" / "manifest.json").read_text("utf-8"))
+    assert record["source"]["inputs"]["recipe"]["name"] == "tiny-w4a16"
+    assert main([*words, "--repo", "me/it", "--push"]) == 0
+    prepare(tmp_path / "hub", tmp_path / "again", tmp_path / "run", None)  # what was prepared is still that export
+    assert sentence in (tmp_path / "again" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("profile", EXPORTS)
+def test_an_export_does_not_get_the_figures_of_others(
+    profile: Profile, exports: Path, tiny_folder: Path, tmp_path: Path, evaluated: Callable[..., Path]
+) -> None:
+    run = evaluated({"model": folder_hashes(tiny_folder)})
+    with pytest.raises(UserError, match=r"measured another model than .*model\.safetensors") as refused:
+        prepare(exports / profile, tmp_path / "hub", run, None)
+    assert "or of the one it was exported from" in refused.value.expected
+
+
+def test_figures_of_an_export_itself_need_no_sentence(exports: Path, tmp_path: Path,
+                                                      evaluated: Callable[..., Path]) -> None:  # fmt: skip
+    prepare(exports / "bf16", tmp_path / "hub", evaluated({"model": folder_hashes(exports / "bf16")}), None)
+    card = ModelCard.load(tmp_path / "hub" / "README.md")
+    assert card.data.eval_results and "exported from" not in card.text
+
+
+def test_a_changed_export_does_not_get_the_figures_of_its_source(exports: Path, tmp_path: Path,
+                                                                 evaluated: Callable[..., Path]) -> None:  # fmt: skip
+    """Nor does it once it is prepared: that adds nothing to the files which the export speaks of."""
+    model, run = link_copy(exports / "sglang-omni", tmp_path / "copy"), evaluated({})
+    without_hashes(model)
+    one_byte(model)
+    prepare(model, tmp_path / "hub", None, None)
+    for folder in (model, tmp_path / "hub"):
+        with pytest.raises(UserError, match="measured another model"):
+            prepare(folder, tmp_path / "again", run, None)
+
+
+def test_of_a_layout_that_is_not_read_every_file_must_be_known(exports: Path, tmp_path: Path) -> None:
+    model = link_copy(exports / "vllm-omni", tmp_path / "copy")
+    replace_bytes(model / "config.json", (model / "config.json").read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"config\.json is not the file that manifest\.json has the hash of"):
+        prepare(model, tmp_path / "hub", None, None)
+    without_hashes(model)
+    with pytest.raises(UserError, match=r"model\.safetensors is not in manifest\.json, and s2quant cannot read"):
+        prepare(model, tmp_path / "hub", None, None)
+
+
+def test_an_export_without_figures(exports: Path, tmp_path: Path) -> None:
+    prepare(exports / "bf16", tmp_path / "hub", None, None)
+    assert "Speech was not measured." in (tmp_path / "hub" / "README.md").read_text("utf-8")

@@ -13,20 +13,23 @@ import pandas
 import pytest
 import torch
 import yaml
-from folder_cases import REPOSITORY, change_json, link_copy, listing
+from folder_cases import REPOSITORY, change_json, link_copy, listing, replace_bytes
 from safetensors.torch import load_file
 from search_cases import BLOCKS, NUM_SEQUENCES, RECIPE, spoken, whole_model_damage, write_recipe
 
 from s2quant.calibrate.sequences import load_set, save_set
 from s2quant.checkpoint.config import S2Config
 from s2quant.cli import main
+from s2quant.export.profiles import export_checkpoint
 from s2quant.export.random import tiny_config, write_random
 from s2quant.files import read_json
 from s2quant.model import module_name
 from s2quant.packing import unpack
 from s2quant.quantize.plan import make_plan
 from s2quant.recipe import load_recipe
+from s2quant.records import folder_hashes
 from s2quant.runtime.load import load_model
+from s2quant.search.check import check_origin
 from s2quant.search.find import make_items
 from s2quant.search.rules import source_from
 from s2quant.search.sensitivity import _source
@@ -336,6 +339,42 @@ def test_a_check_of_another_model_is_told_before_anything_is_measured(
     assert "audio_decoder_config.n_layer is 1, not " in printed
     assert f"a folder that was made from {tiny_folder.name}" in printed
     assert "tokenizer" not in printed
+
+
+def test_a_check_of_other_weights_is_told_before_anything_is_measured(
+    measured: Path, tiny_folder: Path, tiny_quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes are equal; the manifest knows from which weights the folder was made, an export's too."""
+    model = ["--model", str(tiny_folder), "--quiet"]
+
+    def fails(folder: Path) -> str:
+        assert main(["search", str(measured), "--check", str(folder), *model]) == 2
+        return capsys.readouterr().err
+
+    write_random(tiny_config(), tmp_path / "other", seed=1)
+    other = link_copy(tiny_quantized, tmp_path / "quantized")
+    facts = {"folder": "other", "sha256": folder_hashes(tmp_path / "other")}
+    change_json(other, lambda record: record["inputs"].update(model=facts), "manifest.json")
+    printed = fails(other)
+    assert f"{other} was made from another model (other) than the one that was measured:\n" in printed
+    assert "model.safetensors is another file, by the hash in manifest.json" in printed
+    assert "config.json" not in printed and "README" not in printed
+    assert f"a folder that was made from {tiny_folder.name}" in printed
+    assert "leave it out of --check" in printed
+    export_checkpoint(other, tmp_path / "export", "bf16")
+    assert "was made from another model (other)" in fails(tmp_path / "export")
+
+    table = load_sensitivity(measured)
+    check_origin(table, tiny_quantized)
+    facts["sha256"] = folder_hashes(tiny_folder) | {"README.md": "another card"}
+    change_json(other, lambda record: record["inputs"].update(model=facts), "manifest.json")
+    check_origin(table, other)
+    for record in ({"inputs": []}, {"inputs": {"model": {"a.safetensors": "not ours"}}}, {"stage": "export"}):
+        replace_bytes(other / "manifest.json", json.dumps(record).encode())
+        check_origin(table, other)
+    (other / "manifest.json").unlink()
+    assert main(["search", str(measured), "--check", str(other), *model]) == 0
+    assert "quantized: " in capsys.readouterr().out
 
 
 def test_a_recipe_says_what_its_source_is_relative_to(measured: Path, tmp_path: Path) -> None:
