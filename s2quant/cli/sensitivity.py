@@ -10,7 +10,6 @@ from typing import Any
 
 from s2quant.cli.common import DTYPES, add_quiet, add_slots, numbers, progress
 from s2quant.errors import UserError
-from s2quant.files import read_json
 
 
 def add(commands: Any) -> None:
@@ -77,6 +76,8 @@ def _sensitivity(options: argparse.Namespace) -> int:
 
 
 def _text(out: Path, table: Mapping[str, Any]) -> str:
+    from s2quant.files import read_json
+
     lines = []
     for row in table["together"]:
         sums, whole = (_nats(row[key]) for key in ("kl_sum", "kl"))
