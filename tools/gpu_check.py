@@ -197,10 +197,24 @@ def full_length_recipe(recipe: Path, work: Path) -> Path:
     Returns:
         The copy.
     """
+    return calibration_recipe(recipe, work, yaml.safe_load(recipe.read_text("utf-8"))["calibration"]["max_positions"])
+
+
+def calibration_recipe(recipe: Path, work: Path, num_frames: int) -> Path:
+    """Write a copy of a recipe whose calibration speech need not end.
+
+    Args:
+        recipe: The recipe.
+        work: Where the copy goes.
+        num_frames: Most frames of a line.
+
+    Returns:
+        The copy.
+    """
     raw = yaml.safe_load(recipe.read_text("utf-8"))
     calibration = raw["calibration"]
     source = str((recipe.parent / calibration["source"]).resolve())
-    calibration |= {"source": source, "max_frames": calibration["max_positions"], "require_end": False}
+    calibration |= {"source": source, "max_frames": num_frames, "require_end": False}
     copy = work / recipe.name
     copy.write_text(yaml.safe_dump(raw, sort_keys=False), "utf-8")
     return copy
