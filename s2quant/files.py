@@ -178,6 +178,18 @@ def _free_bytes(path: Path) -> str:
         return ""
 
 
+def partial_folder(out: Path) -> Path:
+    """Name the folder of a run in progress.
+
+    Args:
+        out: The final folder.
+
+    Returns:
+        `OUT.partial` beside it.
+    """
+    return out.absolute().with_name(out.name + ".partial")
+
+
 @contextmanager
 def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Fill a temporary folder that takes its final name only when the block ends well.

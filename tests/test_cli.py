@@ -365,6 +365,27 @@ def test_quantize_passes_its_options_on(
     assert capsys.readouterr().out.startswith("o: 1 linears quantized, verified")
 
 
+@pytest.mark.parametrize(
+    ("there", "hint"),
+    [
+        (None, "nothing was finished yet"),
+        ("o.partial", "what is finished is kept: go on with --resume"),
+        ("o", "what is finished is kept: go on with --resume"),
+    ],
+)
+def test_what_an_interrupted_run_has_kept_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, there: str | None, hint: str
+) -> None:
+    def interrupted(options: object, report: object) -> None:
+        if there is not None:
+            (tmp_path / there).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantized, "quantize_checkpoint", interrupted)
+    assert main(["quantize", str(RECIPE), "--model", "m", "--out", str(tmp_path / "o")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"s2quant quantize: interrupted; {hint}"
+
+
 def test_interrupted_then_resumed(tiny_folder: Path, tiny_quantized: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle of the blocks: status 130 and a hint; --resume ends with the bytes of a run in one go."""
     out = tmp_path / "out"

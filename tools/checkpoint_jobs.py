@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from s2quant.cli.common import numbers
-from s2quant.export.quantized import QuantizeOptions, partial_folder, quantize_checkpoint
+from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
+from s2quant.files import partial_folder
 from s2quant.runtime.load import DTYPES
 
 

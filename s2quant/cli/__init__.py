@@ -86,7 +86,13 @@ def _fail(options: argparse.Namespace, got: str, expected: str, todo: str = "che
 
 
 def _resume_hint(options: argparse.Namespace) -> str:
-    return "; what is finished is kept: go on with --resume" if hasattr(options, "resume") else ""
+    from s2quant.files import partial_folder
+
+    if not hasattr(options, "resume"):
+        return ""
+    if options.out.exists() or partial_folder(options.out).exists():  # an evaluation is kept where it will be
+        return "; what is finished is kept: go on with --resume"
+    return "; nothing was finished yet"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ from s2quant.export.config_files import merged_config, quantization_config
 from s2quant.export.following import Follower
 from s2quant.export.memory import LOW_MEMORY_SLOTS, calibration_slots, device_cap, host_peak_bytes, take_peak_bytes
 from s2quant.export.verify import verify_quantized
-from s2quant.files import atomic_folder, check_new, disk_errors, read_json, sha256_file, write_json
+from s2quant.files import atomic_folder, check_new, disk_errors, partial_folder, read_json, sha256_file, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import check_gptqmodel, warm_up
@@ -291,18 +291,6 @@ def _is_fresh(options: QuantizeOptions) -> bool:
     if options.calibration is not None and not options.calibration.exists():
         check_new(options.calibration)
     return not partial_folder(options.out).exists() and not (options.calibration and options.calibration.exists())
-
-
-def partial_folder(out: Path) -> Path:
-    """Name the folder of a run in progress.
-
-    Args:
-        out: The final folder.
-
-    Returns:
-        `OUT.partial` beside it.
-    """
-    return out.absolute().with_name(out.name + ".partial")
 
 
 def _identity(

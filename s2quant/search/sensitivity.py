@@ -29,8 +29,7 @@ from s2quant.errors import DiskError, OutOfMemory, UserError
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenSequence
 from s2quant.export.calibration import Report, calibration_lines, calibration_set
 from s2quant.export.memory import calibration_slots, host_peak_bytes, take_peak_bytes
-from s2quant.export.quantized import partial_folder
-from s2quant.files import atomic_folder, check_new, disk_errors, read_json, write_json
+from s2quant.files import atomic_folder, check_new, disk_errors, partial_folder, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.plan import Plan, make_plan
