@@ -126,10 +126,11 @@ def spoken_groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_killed_while_it_speaks(speaking: Path, tiny_folder: Path, tmp_path: Path, spoken_groups: list[int]) -> None:
     """Each group of lines that was spoken is kept, for the same run only."""
     (tmp_path / "killed").mkdir()
+    recipe = written(speaking, {"max_frames: 96": "max_frames: 16"}, tmp_path)
     out, unbroken, changed = tmp_path / "killed" / "out", tmp_path / "unbroken", tmp_path / "killed" / "changed"
-    kill(("spoken", "save_file", 2), speaking, tiny_folder, out, "of several groups")
+    kill(("spoken", "save_file", 2), recipe, tiny_folder, out, "of several groups")
     shutil.copytree(out.with_name("out.partial"), changed.with_name("changed.partial"))
-    options = QuantizeOptions(recipe=speaking, model=tiny_folder, out=out, num_sequences=16, num_slots=2)
+    options = QuantizeOptions(recipe=recipe, model=tiny_folder, out=out, num_sequences=16, num_slots=2)
     with pytest.raises(UserError, match="holds a stopped run"):
         quantize_checkpoint(options)
     quantize_checkpoint(replace(options, resume=True))
