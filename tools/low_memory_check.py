@@ -39,6 +39,7 @@ from launched import Launcher  # noqa: E402
 
 from s2quant.checkpoint.reader import open_checkpoint  # noqa: E402
 from s2quant.files import write_json  # noqa: E402
+from s2quant.records import git_commit  # noqa: E402
 
 POLL_S = 0.02
 MEASURED = ("device", "peak_device_bytes", "peak_calibration_bytes", "peak_host_bytes", "low_memory")
@@ -145,6 +146,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="more than 1: shared, in one go, instead")
     parser.add_argument("--profile", action="store_true", help="write what each process's host did")
     parser.add_argument("--seconds", type=float, default=560)
+    parser.add_argument("--commit", help="the commit, when the files are no checkout")
     parser.add_argument("--preload", type=Path, nargs="*", default=[], help="libraries of torch operations")
     options = parser.parse_args(words)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +191,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if done["status"] == 0:
         manifest = json.loads((out / "manifest.json").read_text("utf-8"))
         facts |= {name: manifest[name] for name in MEASURED}
+        facts["calibration"] = manifest["inputs"]["calibration"]
+        facts["commit"] = options.commit or git_commit()
         facts["processes"] = manifest["processes"]
         if options.groups:
             plain[plain.index(str(out))] = str(again)

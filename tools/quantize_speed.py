@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 from launched import Launcher  # noqa: E402
 from low_memory_check import RECIPES, unequal  # noqa: E402
 
-from s2quant.calibrate.sequences import CalibrationSet, calibration_key, save_set  # noqa: E402
+from s2quant.calibrate.sequences import CalibrationSet, save_set  # noqa: E402
 from s2quant.checkpoint.config import S2Config  # noqa: E402
 from s2quant.checkpoint.reader import open_checkpoint  # noqa: E402
-from s2quant.export.calibration import calibration_lines  # noqa: E402
+from s2quant.export.calibration import calibration_lines, set_key  # noqa: E402
 from s2quant.export.random import CONFIGS, write_random  # noqa: E402
 from s2quant.files import write_json  # noqa: E402
 from s2quant.recipe import load_recipe  # noqa: E402
@@ -99,7 +99,7 @@ def write_set(recipe_path: Path, model: Path, num_sequences: int, out: Path) -> 
         ids=tuple(line.id for line in lines),
         sequences=tuple(random_sequence(checkpoint.config, length, seed) for seed in range(len(lines))),
         dropped={},
-        key=calibration_key(lines, recipe.calibration, folder_hashes(model)),
+        key=set_key(recipe, lines, folder_hashes(model)),
     )
     save_set(made, out)
 

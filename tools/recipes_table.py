@@ -31,13 +31,12 @@ from checkpoint_jobs import add_options, quantize, say
 from recipes_figures import Measured, compose
 from recipes_page import write
 
-from s2quant.calibrate.sequences import calibration_key
 from s2quant.checkpoint.config import S2Config
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError, shorten_list
 from s2quant.evaluate.plan import EvalOptions, make_plan
 from s2quant.evaluate.run import run_eval
-from s2quant.export.calibration import calibration_lines
+from s2quant.export.calibration import calibration_lines, set_key
 from s2quant.export.quantized import QuantizeOptions
 from s2quant.quantize.plan import Plan
 from s2quant.quantize.plan import make_plan as quantize_plan
@@ -92,7 +91,7 @@ def make_checkpoint(options: Options, recipe: Path, model_sha256: Mapping[str, s
     """Make a recipe's checkpoint, or take the one that is there."""
     loaded = load_recipe(recipe)
     lines = calibration_lines(loaded, EVAL, options.num_sequences)
-    key = calibration_key(lines, loaded.calibration, model_sha256)  # recipes that want the same set share one
+    key = set_key(loaded, lines, model_sha256)  # recipes that want the same set share one
     return quantize(
         QuantizeOptions(
             recipe=recipe,

@@ -30,7 +30,7 @@ from launched import Launcher  # noqa: E402
 
 from s2quant.checkpoint.reader import open_checkpoint  # noqa: E402
 from s2quant.export.random import CONFIGS, write_random  # noqa: E402
-from s2quant.files import read_json, write_json  # noqa: E402
+from s2quant.files import partial_folder, read_json, write_json  # noqa: E402
 from s2quant.quantize.plan import make_plan  # noqa: E402
 from s2quant.recipe import load_recipe  # noqa: E402
 from s2quant.records import git_commit, versions  # noqa: E402
@@ -83,7 +83,12 @@ class Check:
             "steps": {},
         }
         if options.go_on and self.file.exists():
-            self.facts = read_json(self.file)
+            before = read_json(self.file)
+            told = ("device", "commit", "versions", "frames", "bits")
+            changed = [key for key in told if before[key] != self.facts[key]]
+            if changed:
+                raise SystemExit(f"{self.file} has another {' and another '.join(changed)}: start anew")
+            self.facts = before
 
     def keep(self) -> None:
         """Write what is known."""
@@ -104,7 +109,9 @@ class Check:
         goes = steps.setdefault(name, [])
         if goes and goes[-1]["status"] == 0:
             return True
-        more = ["--resume"] if made.with_name(f"{made.name}.partial").exists() else []
+        if words[0] == "search":
+            made.unlink(missing_ok=True)  # by a call that was cut off
+        more = ["--resume"] if partial_folder(made).exists() else []
         goes.append(self.launcher.run([*words, *more], limit_s=self.until - time.perf_counter()))
         self.keep()
         print(f"{name}: {json.dumps(goes[-1])}", flush=True)
@@ -115,6 +122,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Find, quantize and speak."""
     options = arguments(words)
     work, out = options.work.absolute(), options.out.absolute()
+    if options.model is not None and options.model.resolve().is_relative_to(work.resolve()):
+        raise SystemExit(f"--model {options.model} lies in --work {options.work}, which is emptied first: move one")
     if not options.go_on:
         shutil.rmtree(work, ignore_errors=True)
     for folder in (work, out):
@@ -123,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
     budget = ROOT / "recipes" / RECIPES[options.size]
     recipe = calibration_recipe(budget, work, options.frames)
     model = options.model or work / "bf16"
-    if not model.exists():
+    if options.model is None and not model.exists():
         write_random(CONFIGS[options.size](), model, seed=0, device=options.device, ends=False)
     measured, found, quantized = work / "sensitivity", out / "found.yaml", work / "found"
     lines = ["--model", str(model), "--device", options.device, "--sequences", str(options.sequences), "--quiet"]

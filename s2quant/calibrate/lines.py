@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from s2quant.errors import UserError, shorten_list
-from s2quant.files import read_text, sha256_text
+from s2quant.files import read_text, sha256_file, sha256_text
 
 KEYS = ("id", "lang", "text", "voice")
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -178,6 +178,33 @@ def lines_sha256(lines: Iterable[CalibrationLine]) -> str:
         64 lower-case hexadecimal digits.
     """
     return sha256_text("".join(json.dumps(asdict(line), sort_keys=True) + "\n" for line in lines))
+
+
+def voice_hashes(lines: Iterable[CalibrationLine], folder: Path) -> dict[str, str]:
+    """Hash what lines are spoken with: a voice's recording, and its transcript in a .txt file beside it.
+
+    Args:
+        lines: The lines.
+        folder: Where recordings are.
+
+    Returns:
+        Both hashes by file name, sorted; empty where no line names a voice.
+
+    Raises:
+        UserError: A file is not there or cannot be read.
+    """
+    found = {}
+    for voice in sorted({line.voice for line in lines if line.voice is not None}):
+        files = [folder / voice, (folder / voice).with_suffix(".txt")]
+        try:
+            found[voice] = " ".join(sha256_file(file) for file in files)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: {error.strerror}, of the voice {voice}",
+                "the recording that a calibration line names, and its transcript in a .txt file beside it",
+                "put them there, or take the voice out of the line",
+            ) from error
+    return found
 
 
 def _lines(rows: Iterable[_Row], source: str) -> list[CalibrationLine]:

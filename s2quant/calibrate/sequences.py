@@ -90,13 +90,19 @@ def text_ids(tokens: Tensor, begin_id: int, end_id: int, im_end_id: int) -> tupl
     return tuple(ids[:-1] if ids and ids[-1] == im_end_id else ids)
 
 
-def calibration_key(lines: Sequence[CalibrationLine], settings: Calibration, model_sha256: Mapping[str, str]) -> str:
+def calibration_key(
+    lines: Sequence[CalibrationLine],
+    settings: Calibration,
+    model_sha256: Mapping[str, str],
+    voices: Mapping[str, str],
+) -> str:
     """Hash all that a calibration set depends on.
 
     Args:
         lines: The chosen lines, in order.
         settings: The recipe's calibration block.
         model_sha256: Hashes of the model's files.
+        voices: From `voice_hashes`.
 
     Returns:
         64 hexadecimal digits.
@@ -104,12 +110,14 @@ def calibration_key(lines: Sequence[CalibrationLine], settings: Calibration, mod
     table = asdict(settings)
     for how_it_is_used in ("source", "batch_size", "holdout", "weights"):  # a set does not depend on these
         table.pop(how_it_is_used)
-    facts = {
+    facts: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "lines": lines_sha256(lines),
         "settings": table,
         "model": dict(sorted(model_sha256.items())),
     }
+    if voices:
+        facts["voices"] = dict(sorted(voices.items()))
     return sha256_text(json.dumps(facts, sort_keys=True))
 
 

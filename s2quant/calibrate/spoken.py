@@ -1,8 +1,8 @@
 """Groups of calibration lines that were spoken, on disk, so that a run stopped while it speaks goes on.
 
 Each group has a file of its own, which appears when the whole group is spoken. In the file is the key of all that the
-speech depends on; one with another key is passed over, and replaced. The model's part of the key is the size and the
-time of its files, since hashing them takes seconds that speaking need not wait for.
+speech depends on; one with another key is passed over, and replaced. The model's part of the key is the sizes and the
+times of its files, since hashing them takes seconds that speaking need not wait for.
 """
 
 from __future__ import annotations
@@ -62,24 +62,25 @@ class SpokenGroups:
         Returns:
             Speech by line; None where it is not there, is damaged, has another key or other lines.
         """
-        path = self._path(number)
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-                if facts.get("key") != self.key or {int(name) for name in file.keys()} != set(lines):  # noqa: SIM118
-                    return None
+            with safe_open(self._path(number), framework="pt") as file:
+                facts = json.loads((file.metadata() or {})[METADATA_KEY])
                 codes = {int(name): file.get_tensor(name).to(torch.int64) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
+            about = {int(line): told for line, told in facts["lines"].items()}
+            if facts["key"] != self.key or not set(codes) == set(about) == set(lines):
+                return None
+            found = {
+                line: Spoken(
+                    codes=codes[line],
+                    batch_frames=tuple(about[line]["batch_frames"]),
+                    stop_reason=cast(StopReason, about[line]["stop_reason"]),
+                )
+                for line in sorted(codes)
+            }
+            is_whole = all(one.codes.shape[1] == sum(one.batch_frames) for one in found.values())
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
-        about = {int(line): told for line, told in facts["lines"].items()}
-        return {
-            line: Spoken(
-                codes=codes[line],
-                batch_frames=tuple(about[line]["batch_frames"]),
-                stop_reason=cast(StopReason, about[line]["stop_reason"]),
-            )
-            for line in sorted(codes)
-        }
+        return found if is_whole else None
 
     def save(self, number: int, spoken: Mapping[int, Spoken]) -> None:
         """Keep a group, in place of what is there.

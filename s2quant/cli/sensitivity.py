@@ -84,10 +84,11 @@ def _text(out: Path, table: Mapping[str, Any]) -> str:
         lines.append(f"{row['name']:20} single damages add up to {sums}, as a whole {whole} nats per frame")
     if table["floor"] is not None:
         lines.append(f"{'bfloat16 arithmetic':20} alone does {_nats(table['floor']['kl'])}")
-    took = read_json(out / "manifest.json")["process"]
-    peaks = [peak for peak in took["peak_device_bytes"].values() if peak is not None]
-    memory = f", {max(peaks) / 1e9:.1f} GB of GPU memory" if peaks else ""
-    lines.append(f"{took['num_measured']} candidates measured, {sum(took['seconds'].values()):.0f} s in all{memory}")
+    took = read_json(out / "manifest.json").get("process")
+    if took is not None:  # a folder that an earlier version finished has none
+        peaks = [peak for peak in took["peak_device_bytes"].values() if peak is not None]
+        memory = f", {max(peaks) / 1e9:.1f} GB of GPU memory" if peaks else ""
+        lines.append(f"{took['num_measured']} candidates measured, {sum(took['seconds'].values()):.0f} s{memory}")
     return "\n".join([*lines, f"{out}: {len(table['units'])} units measured; {out / 'report.html'}"])
 
 

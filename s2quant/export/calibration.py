@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines
+from s2quant.calibrate.lines import CalibrationLine, check_disjoint, read_lines, select_lines, voice_hashes
 from s2quant.calibrate.sequences import (
     CalibrationSet,
     calibration_key,
@@ -23,11 +25,11 @@ from s2quant.calibrate.sequences import (
 from s2quant.calibrate.spoken import SpokenGroups
 from s2quant.checkpoint.reader import Checkpoint
 from s2quant.codec import load_codec, read_codec_config
-from s2quant.errors import UserError
+from s2quant.errors import DiskError, OutOfMemory, UserError
 from s2quant.files import check_new, sha256_text
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
-from s2quant.quantize.store import RUN_VERSION
+from s2quant.quantize.store import RUN_VERSION, SPEECH
 from s2quant.recipe import Recipe
 from s2quant.records import hashed_files, versions
 from s2quant.runtime.engine import RELEASED_RESIDUAL_SIZE, Engine
@@ -166,6 +168,48 @@ def spoken_set(
     )
 
 
+def set_key(recipe: Recipe, lines: Sequence[CalibrationLine], model_sha256: Mapping[str, str]) -> str:
+    """Hash all that a recipe's calibration set depends on.
+
+    Args:
+        recipe: The recipe.
+        lines: From `calibration_lines`.
+        model_sha256: Hashes of the model's files.
+
+    Returns:
+        As `calibration_key`.
+
+    Raises:
+        UserError: A recording that a line names is not there.
+    """
+    voices = voice_hashes(lines, recipe.calibration_path.parent)
+    return calibration_key(lines, recipe.calibration, model_sha256, voices)
+
+
+def keeps_groups(folder: Path, error: UserError) -> bool:
+    """Tell whether a run that failed while it spoke has groups of lines to go on from.
+
+    Args:
+        folder: `OUT.partial`.
+        error: What it failed by.
+
+    Returns:
+        Whether there are any, and another try may get over the error.
+    """
+    return isinstance(error, DiskError | OutOfMemory) and any((folder / SPEECH).glob("[!.]*.safetensors"))
+
+
+def remove_groups(folder: Path) -> None:
+    """Remove the groups of lines that were spoken, and the folder if nothing else is in it.
+
+    Args:
+        folder: `OUT.partial`, if it is there.
+    """
+    shutil.rmtree(folder / SPEECH, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _groups_key(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -176,11 +220,11 @@ def _groups_key(
 ) -> str:
     """Hash all that the speech of a group depends on, the model by the sizes and times of its files."""
     about = {file.name: file.stat() for file in hashed_files(checkpoint.folder)}
-    stamps = {name: f"{stat.st_size} bytes, {stat.st_mtime_ns} ns" for name, stat in about.items()}
+    stamps = {name: f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}" for name, stat in about.items()}
     uses_cpu = "cpu" in (device.type, (codec_device or device).type)
     facts = {
         "run_version": RUN_VERSION,
-        "calibration_key": calibration_key(lines, recipe.calibration, stamps),
+        "calibration_key": set_key(recipe, lines, stamps),
         "num_slots": num_slots,
         "device": device_name(device),
         "num_threads": torch.get_num_threads() if uses_cpu else None,

@@ -123,7 +123,10 @@ def export_checkpoint(model: Path, out: Path, profile: Profile) -> list[str]:
 
 def _origin(model: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], str | None, list[str]]:
     """Read the source's manifest and recipe, neither if they are not those of its files, and what to say of that."""
-    source = read_manifest(model)
+    try:
+        source = read_manifest(model)
+    except UserError as error:
+        return {}, None, [f"does not say how it was made, as the source's manifest is none of ours: {error.got}"]
     faults = hash_faults(source, hashes)
     if faults:
         return {}, None, [f"does not say how it was made, as the source has changed since: {'; '.join(faults)}"]

@@ -18,16 +18,19 @@ from typing import Any
 import torch
 
 from s2quant.calibrate.lines import CalibrationLine
-from s2quant.calibrate.sequences import CalibrationSet, calibration_key, save_set
+from s2quant.calibrate.sequences import CalibrationSet, save_set
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.checkpoint.writer import MAX_SHARD_BYTES, check_carried
-from s2quant.errors import DiskError, OutOfMemory, UserError
+from s2quant.errors import UserError
 from s2quant.export.calibration import (
     Report,
     calibration_facts,
     calibration_lines,
     calibration_set,
+    keeps_groups,
     kept_set,
+    remove_groups,
+    set_key,
     split_batches,
     spoken_set,
     stored_set,
@@ -43,7 +46,7 @@ from s2quant.quantize.exchange import Exchange
 from s2quant.quantize.gptq import check_gptqmodel, warm_up
 from s2quant.quantize.loop import num_stages, quantize_stages
 from s2quant.quantize.plan import Plan, make_plan
-from s2quant.quantize.store import RUN_VERSION, SPEECH, StageStore
+from s2quant.quantize.store import IDENTITY, RUN_VERSION, SPEECH, StageStore
 from s2quant.recipe import LinearSettings, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.runtime.load import device_name, parse_device
@@ -187,6 +190,8 @@ def quantize_checkpoint(
                 tensor_bytes=plan.num_bytes,
             )
             exchange.once(lambda: _write(options, checkpoint, plan, store, records, calibration, record, files))
+        if not exchange.is_first:
+            remove_groups(store.folder)  # on a disk that is not the first one's
     report("done", 1, 1)
     return records
 
@@ -238,8 +243,8 @@ def _spoken(
     try:
         return spoken_set(recipe, checkpoint, lines, *where, wait)
     except UserError as error:
-        if exchange.is_first and folder.exists() and not isinstance(error, DiskError | OutOfMemory):
-            shutil.rmtree(folder)
+        if not keeps_groups(folder, error):
+            remove_groups(folder)
         raise
 
 
@@ -260,7 +265,7 @@ def _start(
     elif options.calibration is not None:
         check_new(options.calibration)
     is_new = not folder.exists()
-    goes_on = options.resume or spoken is not None  # whose groups are in the folder
+    goes_on = options.resume or (spoken is not None and not (folder / IDENTITY).exists())  # with its own groups
     store = exchange.once(lambda: StageStore.open(folder, identity, goes_on))
     path = options.calibration or folder / "calibration.safetensors"
     try:
@@ -306,7 +311,7 @@ def _identity(
         "run_version": RUN_VERSION,
         "recipe_sha256": recipe.sha256,
         "model_sha256": dict(model_sha256),
-        "calibration_key": calibration_key(lines, recipe.calibration, model_sha256),
+        "calibration_key": set_key(recipe, lines, model_sha256),
         "num_slots": num_slots,
         "device": device_name(device),
         # a GPU leaves the host only the codec of --low-memory

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from s2quant.errors import S2QuantError, UserError, VerificationError
+from s2quant.errors import DiskError, OutOfMemory, S2QuantError, UserError, VerificationError
 from s2quant.packing import QuantizedWeight
 from s2quant.quantize.hessian import Hessian, Product
 from s2quant.quantize.rows import Part
@@ -33,6 +33,9 @@ T = TypeVar("T")
 Key = TypeVar("Key", int, str)
 LONGEST_WAIT = timedelta(days=7)  # a process may have nothing left to do long before the others
 SMALL_BYTES = 8192  # of an object that is exchanged by a GPU, with its length
+KINDS: Mapping[str, Callable[..., S2QuantError]] = {
+    kind.__name__: kind for kind in (UserError, DiskError, OutOfMemory, VerificationError)
+}
 LANES = 4  # sums of batches that processes share; more processes than that have no batches, only linears
 Task = Callable[[], Part]
 
@@ -202,7 +205,7 @@ class Exchange:
             try:
                 part = mine[index] = tasks[index]()
             except UserError as error:
-                facts[index] = vars(error)
+                facts[index] = _fault(error)
                 continue
             sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in part.weight.tensors.items()}
             facts[index] = (part.stats, part.squares, sizes, part.weight.bits, part.weight.group_size)
@@ -247,7 +250,7 @@ class Exchange:
                 result.append(action())
             except S2QuantError as caught:
                 error = caught
-        fault, result = self.agree((None if error is None else vars(error), result))
+        fault, result = self.agree((None if error is None else _fault(error), result))
         if error is not None:
             raise error
         _raise(fault)
@@ -274,7 +277,7 @@ class Exchange:
             mine = action()
         except S2QuantError as caught:
             error = caught
-        told = self.merge({self.rank: (None if error is None else vars(error), mine)})
+        told = self.merge({self.rank: (None if error is None else _fault(error), mine)})
         if error is not None:
             raise error
         for fault, _ in told.values():
@@ -344,10 +347,15 @@ def _in_order(counts: Iterable[tuple[int, float]]) -> float:
     return total
 
 
-def _raise(fault: Mapping[str, str] | None) -> None:
+def _fault(error: S2QuantError) -> dict[str, Any]:
+    """Say what an error is, so that another process can raise it."""
+    return {"kind": type(error).__name__} | vars(error)
+
+
+def _raise(fault: Mapping[str, Any] | None) -> None:
     """Raise another process's error, if it has one."""
     if fault is not None:
-        raise UserError(**fault) if "got" in fault else VerificationError(**fault)
+        raise KINDS[fault["kind"]](**{name: value for name, value in fault.items() if name != "kind"})
 
 
 def join_exchange(rank: int, world: int, device: torch.device) -> Exchange:

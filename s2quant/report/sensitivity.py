@@ -59,13 +59,15 @@ def write_sensitivity_report(folder: Path) -> None:
 def _facts(table: Mapping[str, Any], record: Mapping[str, Any], curve: Mapping[str, Any] | None) -> dict[str, Any]:
     units = table["units"]
     calibration = table["calibration"]
+    num_dropped = sum(calibration.get("clips_dropped", {}).values())  # none in tables of earlier versions
+    dropped = f", {num_dropped} clips dropped" if num_dropped else ""
     ranked_by = 4 if 4 in table["bits"] else min(table["bits"])
     return {
         "title": f"Sensitivity: {table['model']['folder']} by {table['recipe']['name']}",
         "about": (
             f"{len(units)} units at {', '.join(map(str, table['bits']))} bit, measured on "
             f"{calibration['num_held_frames']:,} frames of {calibration['num_held_scored']} held-out sequences; "
-            f"Hessians from {calibration['num_used']} others; {table['dtype']}, {table['device']}"
+            f"Hessians from {calibration['num_used']} others{dropped}; {table['dtype']}, {table['device']}"
         ),
         "heat": heat_maps(units),
         "ranked": ranked_table(units, ranked_by, NUM_RANKED),
@@ -164,13 +166,15 @@ def _named_table(curve: Mapping[str, Any], dense_bytes: int) -> Table:
 
 
 def _provenance(table: Mapping[str, Any], record: Mapping[str, Any]) -> Table:
+    calibration = table["calibration"]
     facts: dict[str, Any] = {
         "Model": table["model"]["folder"],
         **{f"sha256 of {name}": digest for name, digest in table["model"]["sha256"].items()},
         "Recipe": table["recipe"]["name"],
         "Recipe's sha256": table["recipe"]["sha256"],
-        **{f"Calibration: {name}": value for name, value in table["calibration"].items() if name != "dropped"},
-        **{f"Held out but not scored, {why}": count for why, count in table["calibration"]["dropped"].items()},
+        **{f"Calibration: {name}": value for name, value in calibration.items() if not name.endswith("dropped")},
+        **{f"Clips dropped, {why}": count for why, count in calibration.get("clips_dropped", {}).items()},
+        **{f"Held out but not scored, {why}": count for why, count in calibration["dropped"].items()},
         "Schema version": table["schema_version"],
         "Metric version": table["metric_version"],
         "Device": table["device"],

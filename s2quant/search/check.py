@@ -85,7 +85,7 @@ def check_origin(table: Sensitivity, folder: Path) -> None:
     other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if ours and theirs and other:
         raise UserError(
-            f"{folder} was made from another model ({made_from.get('folder')}) than the one that was measured:\n"
+            f"{folder} was made from other files ({made_from.get('folder')}) than those that were measured:\n"
             f"{shorten_list([f'{name} is another file, by the hash in manifest.json' for name in other])}",
             f"a folder that was made from {table.raw['model']['folder']}",
             "leave it out of --check, or measure its own bf16 checkpoint with `s2quant sensitivity`",

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2quant.calibrate.sequences import CalibrationSet, calibration_key, make_batches, save_set
+from s2quant.calibrate.sequences import CalibrationSet, make_batches, save_set
 from s2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from s2quant.codec import load_codec
-from s2quant.errors import DiskError, OutOfMemory, UserError
+from s2quant.errors import UserError
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenSequence
-from s2quant.export.calibration import Report, calibration_lines, calibration_set
+from s2quant.export.calibration import Report, calibration_lines, calibration_set, keeps_groups, set_key
 from s2quant.export.memory import calibration_slots, host_peak_bytes, take_peak_bytes
 from s2quant.files import atomic_folder, check_new, disk_errors, partial_folder, read_json, write_json
 from s2quant.prompt import Tokenizer
@@ -156,7 +156,7 @@ def measure_sensitivity(
     Tokenizer.load(options.model, checkpoint.config)
     report("hashing the model", 0, 1)
     model_sha256 = folder_hashes(options.model)
-    key = calibration_key(lines, recipe.calibration, model_sha256)
+    key = set_key(recipe, lines, model_sha256)
     identity = _identity(options, recipe, model_sha256, key, device)
     if finished:
         return _finished(options.out, identity)
@@ -172,7 +172,7 @@ def measure_sensitivity(
         residual_size = min(load_codec(options.model).config.residual_size, checkpoint.config.codebook_size)
         split = split_held(calibration, recipe, checkpoint, residual_size, options.num_held)
     except UserError as error:
-        if is_new and not isinstance(error, DiskError | OutOfMemory):  # so that there is nothing to resume
+        if is_new and not keeps_groups(folder, error):  # so that there is nothing to resume
             shutil.rmtree(folder)
         raise
     clock.stop("calibration", device)
@@ -197,7 +197,7 @@ def measure_sensitivity(
     del model
     clock.stop("combinations", device)
     took = {"num_measured": len(store.names()) - num_before} | clock.facts()
-    table = _table(options, plan, units, left_out, store, identity, split, residual_size)
+    table = _table(options, plan, units, left_out, store, identity, split, calibration.dropped, residual_size)
     table |= {"floor": floor, "together": together}
     report("writing", 0, 1)
     _write(options, checkpoint, recipe, calibration, store, table, identity, device, took)
@@ -342,6 +342,7 @@ def _table(
     store: StageStore,
     identity: Mapping[str, Any],
     split: Split,
+    clips_dropped: Mapping[str, int],
     residual_size: int,
 ) -> dict[str, Any]:
     rows = []
@@ -366,6 +367,7 @@ def _table(
             "num_held_frames": sum(one.num_frames for one in split.held),
             "num_held_ended": sum(one.ended for one in split.held),
             "dropped": dict(split.dropped),
+            "clips_dropped": dict(clips_dropped),
             "seed": plan.recipe.calibration.seed,
         },
         "residual_size": residual_size,

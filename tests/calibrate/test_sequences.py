@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from s2quant.calibrate import sequences
 from s2quant.calibrate.lines import CalibrationLine
@@ -121,15 +124,17 @@ def test_storage_round_trip_and_same_bytes(spoken: CalibrationSet, tmp_path: Pat
 
 
 def test_the_key_depends_on_what_matters() -> None:
-    key = calibration_key(LINES, SETTINGS, {"x": "1"})
-    assert key == calibration_key(LINES, replace(SETTINGS, batch_size=3, source="elsewhere"), {"x": "1"})
+    key = calibration_key(LINES, SETTINGS, {"x": "1"}, {})
+    assert key == calibration_key(LINES, replace(SETTINGS, batch_size=3, source="elsewhere"), {"x": "1"}, {})
     changed = [
-        calibration_key(LINES[:2], SETTINGS, {"x": "1"}),
-        calibration_key(LINES, replace(SETTINGS, seed=1), {"x": "1"}),
-        calibration_key(LINES, replace(SETTINGS, codes="none"), {"x": "1"}),
-        calibration_key(LINES, SETTINGS, {"x": "2"}),
+        calibration_key(LINES[:2], SETTINGS, {"x": "1"}, {}),
+        calibration_key(LINES, replace(SETTINGS, seed=1), {"x": "1"}, {}),
+        calibration_key(LINES, replace(SETTINGS, codes="none"), {"x": "1"}, {}),
+        calibration_key(LINES, SETTINGS, {"x": "2"}, {}),
+        calibration_key(LINES, SETTINGS, {"x": "1"}, {"me.wav": "3"}),
+        calibration_key(LINES, SETTINGS, {"x": "1"}, {"me.wav": "4"}),
     ]
-    assert len({key, *changed}) == 5
+    assert len({key, *changed}) == 7
 
 
 def test_batches_pad_on_the_right_and_lose_nothing(spoken: CalibrationSet) -> None:
@@ -199,6 +204,20 @@ def test_groups_are_kept_under_their_key(tmp_path: Path) -> None:
     assert groups.load(7, [1, 2]) is None
     assert replace(groups, key="another").load(7, whole) is None
     file = groups.folder / "00007.safetensors"
+    tensors = {"1": torch.zeros(10, 0, dtype=torch.int32), "3": torch.zeros(10, 2, dtype=torch.int32)}
+    of_one = {"batch_frames": [0], "stop_reason": "limit"}
+    damaged: list[Any] = [
+        {"key": "one", "lines": {"1": of_one, "3": of_one | {"batch_frames": [3]}}},  # other frames than there are
+        {"key": "one", "lines": {"1": of_one, "3": {}}},
+        {"key": "one", "lines": {"1": of_one}},
+        {"key": "one"},
+        [],
+    ]
+    for metadata in ({}, {"s2quant": "{"}, *({"s2quant": json.dumps(facts)} for facts in damaged)):
+        save_file(tensors, file, metadata=metadata)
+        assert groups.load(7, whole) is None, metadata
+    groups.save(7, whole)
+    assert groups.load(7, whole) is not None
     file.write_bytes(file.read_bytes()[:-1])
     assert groups.load(7, whole) is None
 

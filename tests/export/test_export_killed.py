@@ -10,12 +10,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folder_cases import REPOSITORY, listing
 
-from s2quant.errors import UserError
+from s2quant.calibrate.lines import read_lines
+from s2quant.calibrate.sequences import CalibrationSet
+from s2quant.errors import DiskError, OutOfMemory, UserError
+from s2quant.export import quantized
+from s2quant.export.calibration import set_key
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
+from s2quant.recipe import load_recipe
 from s2quant.records import folder_hashes
 from s2quant.runtime.engine import Engine
 from s2quant.runtime.speech import Request, Speech
@@ -152,6 +158,72 @@ def test_clips_that_all_fail_leave_nothing(speaking: Path, tiny_folder: Path, tm
     with pytest.raises(UserError, match="all 8 calibration clips failed"):
         quantize_checkpoint(options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn.yaml"]
+
+
+def test_a_run_that_another_has_begun_meanwhile_is_refused(
+    recipe: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had found no folder when it began to speak; the other's stages stay as they are."""
+    whole, partial = quantized.spoken_set, tmp_path / "out.partial"
+
+    def meanwhile(*arguments: Any, **more: Any) -> CalibrationSet:
+        (partial / "stages").mkdir(parents=True)
+        (partial / "run.json").write_text("{}", "utf-8")
+        (partial / "stages" / ".x.partial-y").touch()
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(quantized, "spoken_set", meanwhile)
+    with pytest.raises(UserError, match="holds a stopped run"):
+        quantize_checkpoint(QuantizeOptions(recipe=recipe, model=tiny_folder, out=tmp_path / "out"))
+    assert (partial / "stages" / ".x.partial-y").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "has_group", "is_kept"),
+    [(DiskError, True, True), (OutOfMemory, True, True), (DiskError, False, False), (UserError, True, False)],
+)
+def test_what_is_kept_of_speech_that_failed(
+    error: type[UserError],
+    has_group: bool,
+    is_kept: bool,
+    recipe: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speech = tmp_path / "out.partial" / "speech"
+
+    def failing(*arguments: Any, **more: Any) -> CalibrationSet:
+        speech.mkdir(parents=True)
+        if has_group:
+            (speech / "00000.safetensors").touch()
+        (speech / ".00001.partial-x.safetensors").touch()
+        raise error("got", "expected", "todo")
+
+    monkeypatch.setattr(quantized, "spoken_set", failing)
+    with pytest.raises(error, match="got"):
+        quantize_checkpoint(QuantizeOptions(recipe=recipe, model=tiny_folder, out=tmp_path / "out"))
+    assert speech.parent.exists() == is_kept
+
+
+def test_another_recording_is_another_set(tmp_path: Path, recipe: Path) -> None:
+    """What a voice says is known by its contents."""
+    source = tmp_path / "lines.jsonl"
+    source.write_text('{"text": "One.", "voice": "me.wav"}\n', "utf-8")
+    of = load_recipe(written(recipe, {f"source: {REPOSITORY}/recipes/calibration/": "source: ./"}, tmp_path))
+    of = replace(of, calibration=replace(of.calibration, source=str(source)))
+    lines = read_lines(source)
+    with pytest.raises(UserError, match=r"me\.wav: No such file"):
+        set_key(of, lines, {})
+    (tmp_path / "me.wav").write_bytes(b"1")
+    with pytest.raises(UserError, match=r"me\.txt: No such file"):
+        set_key(of, lines, {})
+    keys = set()
+    for sound, text in ((b"1", "One."), (b"2", "One."), (b"2", "Two.")):
+        (tmp_path / "me.wav").write_bytes(sound)
+        (tmp_path / "me.txt").write_text(text, "utf-8")
+        keys.add(set_key(of, lines, {}))
+    assert len(keys) == 3
 
 
 def test_a_run_that_has_finished_is_not_done_again(recipe: Path, unbroken: Path, tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2quant.errors import UserError
+from s2quant.errors import DiskError, OutOfMemory, UserError
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
 from s2quant.files import read_json, sha256_file
 from s2quant.quantize import rows
@@ -197,9 +197,10 @@ def test_an_error_ends_both(tiny_folder: Path, tmp_path: Path) -> None:
     assert all(f"{tmp_path} exists already" in error for error in errors)
 
 
-def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(monkeypatch):
+@pytest.mark.parametrize("kind", [UserError, DiskError, OutOfMemory])
+def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(monkeypatch, kind):
     """Two exchanges in one process: what each of them would be sent is played back to the other."""
-    fault = UserError("got", "expected", "todo")
+    fault = kind("got", "expected", "todo")
 
     def failing():
         raise fault
@@ -209,14 +210,15 @@ def test_an_error_of_one_process_is_raised_in_all_before_they_exchange_results(m
 
         def all_gather(parts, mine, rank=rank, sent=sent):
             sent.append(mine)
-            other = {1 - rank: (None if rank == 0 else vars(fault), {})}
+            other = {1 - rank: (None if rank == 0 else {"kind": kind.__name__} | vars(fault), {})}
             parts[rank], parts[1 - rank] = mine, other
 
         monkeypatch.setattr("s2quant.quantize.exchange.dist.all_gather_object", all_gather)
-        with pytest.raises(UserError, match="expected") as raised:
+        with pytest.raises(kind, match="expected") as raised:
             Exchange(rank=rank, world=2).gather(action)
         assert len(sent) == 1 and str(raised.value) == str(fault)
-    with pytest.raises(UserError, match="expected"):
+        assert type(raised.value) is kind
+    with pytest.raises(kind, match="expected"):
         Exchange().gather(failing)
     assert Exchange().gather(lambda: {2: "two", 1: "one"}) == {1: "one", 2: "two"}
 

@@ -356,13 +356,13 @@ def test_a_check_of_other_weights_is_told_before_anything_is_measured(
     facts = {"folder": "other", "sha256": folder_hashes(tmp_path / "other")}
     change_json(other, lambda record: record["inputs"].update(model=facts), "manifest.json")
     printed = fails(other)
-    assert f"{other} was made from another model (other) than the one that was measured:\n" in printed
+    assert f"{other} was made from other files (other) than those that were measured:\n" in printed
     assert "model.safetensors is another file, by the hash in manifest.json" in printed
     assert "config.json" not in printed and "README" not in printed
     assert f"a folder that was made from {tiny_folder.name}" in printed
     assert "leave it out of --check" in printed
     export_checkpoint(other, tmp_path / "export", "bf16")
-    assert "was made from another model (other)" in fails(tmp_path / "export")
+    assert "was made from other files (other)" in fails(tmp_path / "export")
 
     table = load_sensitivity(measured)
     check_origin(table, tiny_quantized)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,18 @@ from torch import Tensor
 
 from s2quant.checkpoint.config import S2Config
 from s2quant.checkpoint.reader import open_checkpoint
+from s2quant.cli import main
 from s2quant.errors import UserError
 from s2quant.export.quantized import QuantizeOptions, quantize_checkpoint
 from s2quant.export.random import tiny_config
-from s2quant.files import read_json
+from s2quant.files import read_json, write_json
 from s2quant.model import module_name
 from s2quant.quantize.plan import make_plan
 from s2quant.quantize.store import StageStore
 from s2quant.recipe import load_recipe
+from s2quant.report.sensitivity import write_sensitivity_report
 from s2quant.runtime.load import load_model
+from s2quant.search import sensitivity
 from s2quant.search.damage import held_sequences, hold, measure_model, summarise
 from s2quant.search.store import link_candidates
 from s2quant.search.table import load_sensitivity
@@ -223,6 +228,38 @@ def test_round_to_nearest_and_bfloat16(tiny_folder: Path, tmp_path: Path) -> Non
     found = record(out, unit, 3)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert (found["method"], found["loss"], found["num_tokens"]) == ("rtn", None, 0)
+
+
+def test_clips_that_failed_are_told(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = sensitivity.calibration_set
+    monkeypatch.setattr(
+        sensitivity, "calibration_set", lambda *a, **k: replace(made(*a, **k), dropped={"no end of speech": 2})
+    )
+    recipe = only(tmp_path / "rtn.yaml", f"{BLOCKS}.3.attention.wo", method="rtn", group_size=64)
+    table = measure(tiny_folder, tmp_path / "run", recipe, bits=(4,), keep_weights=False)
+    assert table["calibration"]["clips_dropped"] == {"no end of speech": 2}
+    page = (tmp_path / "run" / "report.md").read_text("utf-8")
+    assert "others, 2 clips dropped; " in page and "| Clips dropped, no end of speech | 2 |" in page
+
+
+def test_a_folder_that_an_earlier_version_finished(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(measured, tmp_path / "old"))
+    table = read_json(folder / "sensitivity.json")
+    words = ["sensitivity", "recipe", "--model", "m", "--out", str(folder), "--resume"]
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda options, report: table)
+    assert main(words) == 0
+    assert f"\n{len(table['units']) * len(table['bits'])} candidates measured, " in capsys.readouterr().out
+    manifest = read_json(folder / "manifest.json")
+    del manifest["process"]
+    del table["calibration"]["clips_dropped"]
+    for name, value in (("manifest.json", manifest), ("sensitivity.json", table)):
+        write_json(folder / name, value)
+    assert main(words) == 0
+    assert "candidates measured" not in capsys.readouterr().out
+    write_sensitivity_report(folder)
+    assert "dropped" not in (folder / "report.md").read_text("utf-8")
 
 
 def test_fused_linears_must_agree(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 import search_check
 import torch
 
@@ -20,3 +21,29 @@ def test_a_call_that_was_cut_off_is_gone_on_with(tmp_path, monkeypatch, capsys):
     assert found["tensor_bytes"] == found["foretold_bytes"] <= found["budget_bytes"] == 14_661_120
     assert found["process"]["num_measured"] > 0 and found["process"]["seconds"]["linears"] > 0
     assert (tmp_path / "out" / "found.wav").stat().st_size > 44 and (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["work/mine", "absent"])
+def test_a_checkpoint_that_was_named_is_never_written(tmp_path, place):
+    named = tmp_path / place
+    if place == "work/mine":
+        named.mkdir(parents=True)
+        (named / "config.json").touch()
+    words = [
+        "--out",
+        tmp_path / "out",
+        "--work",
+        tmp_path / "work",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--model",
+        named,
+    ]
+    try:
+        status = search_check.main([str(word) for word in words])
+    except SystemExit as refused:
+        status = str(refused)
+    assert status == 1 or "move one" in status
+    assert [path.name for path in named.glob("*")] == (["config.json"] if place == "work/mine" else [])
