@@ -378,7 +378,8 @@ def test_what_an_interrupted_run_has_kept_is_said(
 ) -> None:
     def interrupted(options: object, report: object) -> None:
         if there is not None:
-            (tmp_path / there).mkdir()
+            (tmp_path / there / "stages").mkdir(parents=True)
+            (tmp_path / there / "stages" / "x.safetensors").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quantized, "quantize_checkpoint", interrupted)

@@ -109,9 +109,9 @@ def select_lines(lines: Sequence[CalibrationLine], num: int, seed: int) -> list[
     """
     if not 1 <= num <= len(lines):
         raise UserError(
-            f"num_sequences {num} from a calibration source of {len(lines)} lines",
+            f"{num} lines wanted from a calibration source of {len(lines)} lines",
             f"a number from 1 to {len(lines)}",
-            "lower calibration.num_sequences, or name a source with more lines",
+            "give --sequences (or calibration.num_sequences in the recipe) a lower number, or name a longer source",
         )
     return random.Random(seed).sample(list(lines), num)
 

@@ -90,7 +90,8 @@ def _resume_hint(options: argparse.Namespace) -> str:
 
     if not hasattr(options, "resume"):
         return ""
-    if options.out.exists() or partial_folder(options.out).exists():  # an evaluation is kept where it will be
+    kept = partial_folder(options.out).rglob("[!.]*.safetensors")
+    if options.out.exists() or any(kept):  # an evaluation is kept where it will be
         return "; what is finished is kept: go on with --resume"
     return "; nothing was finished yet"
 

@@ -96,9 +96,9 @@ def _lines(options: argparse.Namespace, found: Found | None, checked: Sequence[C
     if found is not None:
         share = 100 * found.num_bytes / found.dense_bytes
         bound = (
-            f"no choice is smaller than {found.bound:,.0f} bytes"
+            f"no choice allowed is smaller than {found.bound:,.0f} bytes"
             if options.target_kl is not None
-            else f"no choice is below {found.bound:.6g} nats per frame"
+            else f"no choice allowed is below {found.bound:.6g} nats per frame"
         )
         lines.append(f"{options.out}: {found.num_bytes:,} tensor bytes, {share:.1f} % of bf16")
         lines.append(f"single damages add up to {found.kl:.4g} nats per frame; {bound}")

@@ -67,7 +67,7 @@ def eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-to-speech",
             dataset_type=suite["name"],
-            dataset_name=f"s2quant suite {suite['name']}",
+            dataset_name=f"s2quant suite {suite['name']}, {suite['num_utterances']} utterances",
             dataset_revision=str(suite["sha256"]),
             metric_type=row.kind,
             metric_name=row.cells[0],

@@ -51,7 +51,8 @@ class Upload:
 def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -> Upload:
     """Make a hub folder of a checkpoint: its files, and a card with the measured table.
 
-    Weights and codec are linked where that can be; everything else is copied, so that it can be edited.
+    Weights and codec are linked where that can be; everything else is copied, so that it can be edited. Hidden files
+    and folders (.git, .env) stay behind.
 
     Args:
         model: A sound checkpoint folder.
@@ -85,7 +86,7 @@ def prepare(model: Path, out: Path, evaluation: Path | None, repo: str | None) -
         return _link(source, target) if is_large else str(shutil.copyfile(source, target))
 
     with atomic_folder(out) as folder:
-        shutil.copytree(model, folder, dirs_exist_ok=True, copy_function=take)
+        shutil.copytree(model, folder, dirs_exist_ok=True, copy_function=take, ignore=shutil.ignore_patterns(".*"))
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "NOTICE").write_text(f"{terms.notice}\n\n{said}", encoding="utf-8")
         write_json(folder / "manifest.json", record)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2quant.checkpoint.reader import Checkpoint, Module, open_checkpoint, scan
+from s2quant.checkpoint.reader import Checkpoint, Module, check_layout, open_checkpoint, scan
 from s2quant.checkpoint.writer import CARRIED
 from s2quant.codec import load_codec
 from s2quant.errors import UserError, VerificationError
@@ -93,8 +93,9 @@ def inspect_folder(folder: Path, values: bool = True) -> Inspection:
         What is in it and what is wrong.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: There is no such folder, or it has the layout of another engine.
     """
+    check_layout(folder)
     found = scan(folder)
     faults = list(found.faults)
     if not faults and values:

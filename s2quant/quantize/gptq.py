@@ -29,12 +29,15 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -344,13 +347,31 @@ def _import_gptqmodel() -> tuple[Any, Any]:
     Left: patches of triton's autotuner and transformers, and LogBar at level ERROR.
     """
     _check_version()
-    with nullcontext() if "gptqmodel" in sys.modules else _restored_process():
+    is_there = "gptqmodel" in sys.modules
+    with nullcontext() if is_there else _interrupted_later(), nullcontext() if is_there else _restored_process():
         from logbar import LogBar
 
         LogBar.shared().setLevel("ERROR")
         from gptqmodel.quantization.config import QuantizeConfig
         from gptqmodel.quantization.gptq import GPTQ
     return GPTQ, QuantizeConfig
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl-C back: modules that are imported on demand make other errors of it, or swallow it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    seen: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if seen:
+            before(*seen[0])
 
 
 @contextmanager

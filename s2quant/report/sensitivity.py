@@ -161,8 +161,11 @@ def _left_out(reasons: Mapping[str, str]) -> Table | None:
 
 
 def _named_table(curve: Mapping[str, Any], dense_bytes: int) -> Table:
-    head = ("Recipe", "Tensor bytes", "of bf16, %", "KL, added up", "KL as a whole", "Best of that size, added up")
-    return Table(caption="On the curve, nats per frame", head=head, rows=named_rows(curve["named"], dense_bytes))
+    head = ("Recipe", "Tensor bytes", "of bf16, %", "KL, added up", "KL as a whole", "No choice allowed is below")
+    allowed = f"; allowed: {curve['allowed']}" if "allowed" in curve else ""  # not in those of earlier versions
+    return Table(
+        caption=f"On the curve, nats per frame{allowed}", head=head, rows=named_rows(curve["named"], dense_bytes)
+    )
 
 
 def _provenance(table: Mapping[str, Any], record: Mapping[str, Any]) -> Table:

@@ -22,6 +22,7 @@ class Found:
         kl: Predicted damage, nats per frame.
         bound: What no choice can be below: nats per frame for a budget, bytes for a target.
         kl_together: Measured as a whole; None without the model.
+        allowed: What could be chosen, in words; the bound is of that.
         num_units: Units by bits.
     """
 
@@ -31,6 +32,7 @@ class Found:
     kl: float
     bound: float
     kl_together: float | None
+    allowed: str
     num_units: Mapping[int, int]
 
 
@@ -56,11 +58,12 @@ def evidence(
         f"{count} in {'bf16' if bits == DENSE_BITS else f'{bits} bit'}" for bits, count in found.num_units.items()
     )
     if not is_target:
-        bound = f"no choice is below {found.bound:.6g}{_gap(found.kl, found.bound)}"
+        bound = f"no choice allowed is below {found.bound:.6g}{_gap(found.kl, found.bound)}"
     else:
-        bound = f"no choice is smaller than {found.bound:,.0f} bytes{_gap(found.num_bytes, found.bound)}"
+        bound = f"no choice allowed is smaller than {found.bound:,.0f} bytes{_gap(found.num_bytes, found.bound)}"
     lines = [
-        f"Found by s2quant search: least {'size' if is_target else 'damage'} within {goal}.",
+        f"Found by s2quant search: the least {'size' if is_target else 'damage'} it can find within {goal}.",
+        f"allowed: {found.allowed}",
         f"size: {found.num_bytes:,} tensor bytes, {share:.2f} % of bf16's {found.dense_bytes:,}",
         f"linears (w1 and w3 of a block as one): {counts}",
         f"predicted damage: {found.kl:.6g} nats per frame, single damages added up; {bound}",
@@ -72,7 +75,7 @@ def evidence(
         )
     lines += [
         f"compare {row['name']}: {row['num_bytes']:,} bytes, predicted {_nats(row['kl'])}, as a whole "
-        f"{_nats(row['kl_together'])}; the bound at that size is {_nats(row['kl_best'])}"
+        f"{_nats(row['kl_together'])}; no choice allowed is below {_nats(row['kl_best'])} at that size"
         for row in compared
     ]
     lines += [

@@ -98,7 +98,8 @@ def search(
     named = named_points(table, points)
     widths = {choice.bits for item in items for choice in item.choices}
     compared = [row for row in named if set(row["bits"]) <= widths]  # of widths that could have been chosen
-    found = None if solution is None else _find(options, table, compared, solution, held, report)
+    allowed = _allowed(items, options.keep)
+    found = None if solution is None else _find(options, table, compared, solution, allowed, held, report)
     checked = [check_folder(table, folder, held, report) for folder in options.check] if held is not None else []
     if options.curve:
         rows = [one for one in (found, *checked) if one is not None]
@@ -106,7 +107,7 @@ def search(
         curve = make_curve(table, points, named, [{key: getattr(one, key) for key in keys} for one in rows])
         if held is not None:
             _measure_curve(table, points, curve, held, report)
-        write_curve(options.folder, curve)
+        write_curve(options.folder, curve | {"allowed": allowed})
     report("done", 1, 1)
     return found, checked
 
@@ -218,6 +219,7 @@ def _find(
     table: Sensitivity,
     compared: Sequence[Mapping[str, Any]],
     solution: Solution,
+    allowed: str,
     held: Held | None,
     report: Report,
 ) -> Found:
@@ -234,6 +236,7 @@ def _find(
         kl=solution.damage,
         bound=solution.bound,
         kl_together=together,
+        allowed=allowed,
         num_units={bits: widths.count(bits) for bits in sorted(set(widths))},
     )
     _write(options, table, compared, solution, found)
@@ -250,6 +253,13 @@ def _measure_curve(
         report("measuring the curve", done, len(chosen))
         found = measure_together(table.units, _bits(points[index]), open_candidates(table.folder), held)
         curve["points"][index]["kl_together"] = found["kl"]
+
+
+def _allowed(items: Sequence[Item], keep: Sequence[str]) -> str:
+    """Say what could be chosen."""
+    widths = sorted({choice.bits for item in items for choice in item.choices} - {DENSE_BITS})
+    kept = f"; in bf16 by --keep: {', '.join(keep)}" if keep else ""
+    return f"every linear in {', '.join(f'{bits} bit' for bits in widths)} or bf16{kept}"
 
 
 def _bits(solution: Solution) -> dict[str, int]:

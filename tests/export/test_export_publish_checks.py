@@ -13,11 +13,13 @@ from huggingface_hub import HfApi, ModelCard
 sys.path.append(str(REPOSITORY / "tests" / "report"))
 import sample
 
+from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.cli import main
 from s2quant.errors import UserError
 from s2quant.export.profiles import Profile, export_checkpoint
 from s2quant.export.publish import START, prepare
 from s2quant.export.publish_checks import is_model_file
+from s2quant.export.verify import inspect_folder
 from s2quant.records import folder_hashes
 
 
@@ -190,6 +192,26 @@ def test_of_a_layout_that_is_not_read_every_file_must_be_known(exports: Path, tm
     without_hashes(model)
     with pytest.raises(UserError, match=r"model\.safetensors is not in manifest\.json, and s2quant cannot read"):
         prepare(model, tmp_path / "hub", None, None)
+
+
+def test_a_layout_that_is_not_read_is_named_as_such(exports: Path, tmp_path: Path) -> None:
+    for use in (open_checkpoint, inspect_folder, lambda folder: export_checkpoint(folder, tmp_path / "out", "bf16")):
+        with pytest.raises(UserError, match="is an export for vllm-omni, in that engine's own layout"):
+            use(exports / "vllm-omni")
+    copy = link_copy(exports / "bf16", tmp_path / "copy")
+    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").write_text("[]", "utf-8")  # another tool's
+    assert inspect_folder(copy).faults == ()
+
+
+def test_hidden_files_are_not_published(exports: Path, tmp_path: Path) -> None:
+    model = link_copy(exports / "bf16", tmp_path / "copy")
+    (model / ".git").mkdir()
+    for name in (".env", ".git/config", "s2quant/.secret"):
+        (model / name).write_text("secret", "utf-8")
+    upload = prepare(model, tmp_path / "hub", None, None)
+    assert not [name for name in upload.files if "/." in f"/{name}"]
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.name.startswith(".")]
 
 
 def test_an_export_without_figures(exports: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -366,3 +368,19 @@ def test_gpu_is_close_to_the_cpu():
     assert float((there.codes.cpu() == here.codes).float().mean()) > 0.9
     left, right = output_error(weight, there.to("cpu"), x[2048:]), output_error(weight, here, x[2048:])
     assert left == pytest.approx(right, rel=0.05)
+
+
+def test_an_interrupt_while_gptqmodel_is_imported_is_heeded_after_it() -> None:
+    """Whatever the modules make of one; here they would swallow it."""
+    seen = []
+    with pytest.raises(KeyboardInterrupt), adapter._interrupted_later():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            seen.append("swallowed")
+        seen.append("imported")
+    assert seen == ["imported"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with adapter._interrupted_later():
+        seen.append("not interrupted")

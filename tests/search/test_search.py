@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_budget(budget: int, measured: Path, tmp_path: Path) -> None:
     text = out.read_text("utf-8")
     assert f"# size: {plan.num_bytes:,} tensor bytes" in text
     assert f"predicted damage: {solution.damage:.6g} nats per frame" in text
-    assert f"no choice is below {solution.bound:.6g}" in text
+    assert f"no choice allowed is below {solution.bound:.6g}" in text
     bits = bits_of(out, measured)
     damage = {name: rows for unit in table.units for name in unit.modules[:1] for rows in [table.damage[unit.name]]}
     total = sum(damage[name][width] or 0.0 for name, width in bits.items() if name in damage and width is not None)
@@ -122,7 +123,7 @@ def test_target(measured: Path, tmp_path: Path) -> None:
     text = out.read_text("utf-8")
     predicted = float(re.search(r"predicted damage: (\S+)", text)[1])  # type: ignore[index]
     assert 0.02 < predicted <= 0.05
-    assert "# Found by s2quant search: least size within 0.05 nats per frame." in text
+    assert "# Found by s2quant search: the least size it can find within 0.05 nats per frame." in text
 
 
 def test_the_same_search_writes_the_same_bytes_and_no_date(measured: Path, tmp_path: Path) -> None:
@@ -134,6 +135,16 @@ def test_the_same_search_writes_the_same_bytes_and_no_date(measured: Path, tmp_p
     assert load_sensitivity(measured).sha256.encode() in first
     for name, digest in read_json(measured / "manifest.json")["inputs"]["model"]["sha256"].items():
         assert (digest.encode() in first) == (name in ("config.json", "model.safetensors"))
+
+
+def test_what_was_allowed_is_said_with_the_bounds(measured: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(measured, tmp_path / "run"))
+    keep = ("--keep", "audio_decoder.**", "--bits", "8", "--curve")
+    status, out = find(run, tmp_path / "found.yaml", "--budget", "14900000", *keep)
+    assert status == 0
+    assert "# allowed: every linear in 8 bit or bf16; in bf16 by --keep: audio_decoder.**\n" in out.read_text("utf-8")
+    page = (run / "report.md").read_text("utf-8")
+    assert "nats per frame; allowed: every linear in 8 bit or bf16; in bf16 by --keep: audio\\_decoder" in page
 
 
 def test_a_recipe_is_a_budget(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,7 +289,7 @@ def test_what_cannot_be_packed_is_left_out_with_its_reason(tmp_path: Path) -> No
         ({"bits": (8, 4)}, "rising numbers"),
         ({"bits": ()}, "for example --bits 4,8"),
         ({"recipe": Path("recipes/tiny-w4a16-text.yaml")}, "the damage is measured on speech"),
-        ({"num_sequences": 99}, "num_sequences 99"),
+        ({"num_sequences": 99}, "99 lines wanted from"),
         ({"calibration": Path("recipes/README.md")}, "README.md"),
         ({"device": "abacus"}, "device 'abacus'"),
     ],
