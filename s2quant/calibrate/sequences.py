@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s2quant.calibrate.lines import CalibrationLine, lines_sha256
-from s2quant.calibrate.spoken import Spoken, SpokenGroups
+from s2quant.calibrate.spoken import CODE_DTYPE, METADATA_KEY, Spoken, SpokenGroups
 from s2quant.errors import UserError
 from s2quant.files import atomic_file, read_text, sha256_text
 from s2quant.prompt import Voice
@@ -32,8 +32,6 @@ from s2quant.runtime.engine import Engine
 from s2quant.runtime.speech import Request
 
 FORMAT_VERSION = 1
-METADATA_KEY = "s2quant"
-CODE_DTYPE = torch.int32
 GROUP_ROUNDS = 4  # lines of a group for each slot, at most: fewer leave slots empty at its end
 LEAST_GROUPS = 4  # into which lines are cut, where each group fills the slots: with fewer, processes idle
 

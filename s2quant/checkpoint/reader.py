@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from s2quant.checkpoint.config import S2Config
+from s2quant.checkpoint.foreign import check_layout
 from s2quant.checkpoint.layout import Kind, TensorSpec, expected_tensors
 from s2quant.errors import UserError, shorten_list
 from s2quant.files import read_json
@@ -26,7 +27,6 @@ from s2quant.packing import QuantizedWeight, unpack
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-OTHER_LAYOUTS = ("vllm-omni",)  # profiles of exports that are not read
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4}
 SIZES = FLOATS | {"I32": 4, "I64": 8, "I8": 1, "U8": 1, "BOOL": 1, "F64": 8, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -398,27 +398,6 @@ def _is_finite(weight: Tensor) -> bool:
     """Tell whether there is neither NaN nor infinity, without memory of the weight's size."""
     low, high = torch.aminmax(weight)  # NaN if any is
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def check_layout(folder: Path) -> None:
-    """Refuse an export in a layout that only another engine reads, which would otherwise look like a damaged folder.
-
-    Args:
-        folder: A checkpoint folder, or none.
-
-    Raises:
-        UserError: Its manifest.json says that it is one.
-    """
-    try:
-        record = read_json(folder / "manifest.json")
-    except UserError:  # none, or none of ours
-        return
-    if record.get("stage") == "export" and record.get("profile") in OTHER_LAYOUTS:
-        raise UserError(
-            f"{folder} is an export for {record['profile']}, in that engine's own layout",
-            "a folder in the layout of the original, bf16 or packed",
-            "name the folder that it was exported from",
-        )
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:

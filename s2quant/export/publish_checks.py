@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from s2quant.checkpoint.foreign import is_foreign
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.errors import UserError, shorten_list
 from s2quant.export.measured import measured_rows
 from s2quant.export.profiles import PROFILES, Layout
-from s2quant.export.tensors import split
 from s2quant.export.verify import hash_faults, inspect_folder
 from s2quant.files import read_json, sha256_file, side_by_side
 from s2quant.records import folder_hashes, input_facts, read_manifest
@@ -34,19 +34,6 @@ def is_model_file(name: str) -> bool:
         Whether it is one: weights, codec, tokenizer or configuration.
     """
     return name.endswith(_MODEL_SUFFIXES) and not name.startswith(".") and name != "manifest.json"
-
-
-def is_readable(record: Mapping[str, Any]) -> bool:
-    """Tell the layouts that s2quant reads from an export's in one that only another engine does.
-
-    Args:
-        record: A folder's manifest.
-
-    Returns:
-        Whether s2quant can read the folder.
-    """
-    layout = _layout(record)
-    return layout is None or layout.convert is not split
 
 
 def _layout(record: Mapping[str, Any]) -> Layout | None:
@@ -71,10 +58,10 @@ def checked_hashes(folder: Path) -> dict[str, str]:
         UserError: There is no such folder, or anything in it is wrong; every fault is listed.
     """
     record = read_manifest(folder)
-    faults = list(inspect_folder(folder).faults) if is_readable(record) else []
+    faults = list(inspect_folder(folder).faults) if not is_foreign(record) else []
     hashes = folder_hashes(folder)
     faults += hash_faults(record, hashes)
-    if not is_readable(record):
+    if is_foreign(record):
         unknown = sorted(_model_files(hashes).keys() - _model_files(record.get("files_sha256")).keys())
         faults += [f"{name} is not in manifest.json, and s2quant cannot read this layout" for name in unknown]
     if faults:
@@ -100,7 +87,7 @@ def other_files(model: Path, out: Path, hashes: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: The source is no checkpoint folder.
     """
-    if is_readable(read_manifest(model)):
+    if not is_foreign(read_manifest(model)):
         open_checkpoint(model)
     here = {path.name for path in model.iterdir() if path.is_file()}
     names = sorted(filter(is_model_file, here | set(hashes)))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2quant.checkpoint.reader import Checkpoint, Module, check_layout, open_checkpoint, scan
+from s2quant.checkpoint.foreign import check_layout
+from s2quant.checkpoint.reader import Checkpoint, Module, open_checkpoint, scan
 from s2quant.checkpoint.writer import CARRIED
 from s2quant.codec import load_codec
 from s2quant.errors import UserError, VerificationError

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from s2quant.codec import load_codec
 from s2quant.errors import UserError
 from s2quant.evaluate.tokens import METRIC_VERSION, TokenSequence
 from s2quant.export.calibration import Report, calibration_lines, calibration_set, keeps_groups, set_key
-from s2quant.export.memory import calibration_slots, host_peak_bytes, take_peak_bytes
+from s2quant.export.memory import calibration_slots
 from s2quant.files import atomic_folder, check_new, disk_errors, partial_folder, read_json, write_json
 from s2quant.prompt import Tokenizer
 from s2quant.quantize.exchange import Exchange
@@ -38,6 +37,7 @@ from s2quant.recipe import BITS, Recipe, load_recipe
 from s2quant.records import folder_hashes, manifest, versions
 from s2quant.report.sensitivity import write_sensitivity_report
 from s2quant.runtime.load import device_name, load_model, parse_device
+from s2quant.search.clock import Clock
 from s2quant.search.damage import Held, held_sequences, hold, measure_model
 from s2quant.search.store import link_candidates, load_record
 from s2quant.search.table import SCHEMA_VERSION, check_pandas, load_sensitivity, write_csv
@@ -83,38 +83,6 @@ class SensitivityOptions:
     eval_folder: Path | None = None
     num_slots: int | None = None
     keep_weights: bool = True
-
-
-class Clock:
-    """What a process takes, part by part; one that goes on with a stopped run counts its own share alone."""
-
-    def __init__(self) -> None:
-        self.since = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.peak_bytes: dict[str, int | None] = {}
-
-    def stop(self, part: str, device: torch.device) -> None:
-        """End a part; the next one begins.
-
-        Args:
-            part: Its name.
-            device: Where it worked.
-        """
-        now = time.perf_counter()  # results are on the host by then
-        self.seconds[part], self.since = now - self.since, now
-        self.peak_bytes[part] = take_peak_bytes(device)
-
-    def facts(self) -> dict[str, Any]:
-        """Give the manifest's entries.
-
-        Returns:
-            seconds and peak_device_bytes (None on a CPU) by part, and peak_host_bytes.
-        """
-        return {
-            "seconds": self.seconds,
-            "peak_device_bytes": self.peak_bytes,
-            "peak_host_bytes": host_peak_bytes(),
-        }
 
 
 def measure_sensitivity(

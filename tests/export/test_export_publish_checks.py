@@ -13,12 +13,14 @@ from huggingface_hub import HfApi, ModelCard
 sys.path.append(str(REPOSITORY / "tests" / "report"))
 import sample
 
+from s2quant.checkpoint.foreign import FOREIGN
 from s2quant.checkpoint.reader import open_checkpoint
 from s2quant.cli import main
 from s2quant.errors import UserError
-from s2quant.export.profiles import Profile, export_checkpoint
+from s2quant.export.profiles import PROFILES, Profile, export_checkpoint
 from s2quant.export.publish import START, prepare
 from s2quant.export.publish_checks import is_model_file
+from s2quant.export.tensors import split
 from s2quant.export.verify import inspect_folder
 from s2quant.records import folder_hashes
 
@@ -195,6 +197,7 @@ def test_of_a_layout_that_is_not_read_every_file_must_be_known(exports: Path, tm
 
 
 def test_a_layout_that_is_not_read_is_named_as_such(exports: Path, tmp_path: Path) -> None:
+    assert set(FOREIGN) == {name for name, layout in PROFILES.items() if layout.convert is split}
     for use in (open_checkpoint, inspect_folder, lambda folder: export_checkpoint(folder, tmp_path / "out", "bf16")):
         with pytest.raises(UserError, match="is an export for vllm-omni, in that engine's own layout"):
             use(exports / "vllm-omni")
